@@ -1,0 +1,53 @@
+# make help lists the targets. Everything runs inside .venv, which the first target that needs it makes.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SLOW ?= not slow
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+setup: $(VENV)/.dev  ## make .venv and install the pinned requirements
+
+train: $(VENV)/.train  ## train: make train ARGS="embedding=hashed compression=0.1"
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/.dev  ## the whole test suite, with the compiled kernels and then with the reference ones
+	EMBEDDINGS_NATIVE=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "$(SLOW)" tests
+	EMBEDDINGS_NATIVE=off OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "$(SLOW)" tests
+
+test-slow: $(VENV)/.dev  ## the tests that take more than ten seconds each
+	$(MAKE) test SLOW=slow
+
+lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu
+
+format: $(VENV)/.dev  ## rewrite the sources as lint wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
+
+cuda: $(VENV)/.train  ## compile every .cu for sm_80 and sm_90, warnings are errors; needs nvcc, no GPU
+	$(BIN)/python -m embeddings.native cuda
+
+gpu:  ## on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks
+	bash benchmarks/gpu.sh
+
+bench: $(VENV)/.dev  ## the short benchmarks of this machine
+	$(BIN)/python -m benchmarks.lookup
+
+.PHONY: help setup train test test-slow lint format cuda gpu bench

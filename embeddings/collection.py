@@ -1,0 +1,85 @@
+"""EmbeddingBags: every sparse feature of a model, each with its own backend, one launch per distinct backend."""
+
+import torch
+from torch import Tensor, nn
+
+from embeddings.backend import Backend
+from embeddings.ops import Pooling
+from embeddings.slab import Slab
+
+
+class EmbeddingBags(nn.Module):
+    """ids of F features -> vectors [B, F, D]. Features whose backends are equal share a `Slab`.
+
+    backends, rows: feature -> its backend, and its num_embeddings; in the order of the batch.
+    pooling: sum | mean | max, of a bag's vectors (an empty bag is zero). seed: of weights and hashes.
+    Raises ValueError if the features differ, or the backends' dims do, or a ratio cannot be reached.
+    """
+
+    def __init__(self, backends: dict[str, Backend], rows: dict[str, int], *, pooling: str, seed: int) -> None:
+        super().__init__()
+        if list(backends) != list(rows):
+            raise ValueError(f"backends name {list(backends)}, rows name {list(rows)}")
+        dims = {backend.embedding_dim for backend in backends.values()}
+        if len(dims) != 1:
+            raise ValueError(f"features must share one embedding_dim, not {sorted(dims)}")
+        allowed = [kind.name.lower() for kind in Pooling]
+        if pooling not in allowed:
+            raise ValueError(f"pooling={pooling!r} is not one of {', '.join(allowed)}")
+        self.embedding_dim = dims.pop()
+        self.num_features = len(rows)
+        members: dict[Backend, list[str]] = {}
+        for feature, backend in backends.items():
+            members.setdefault(backend, []).append(feature)
+        order = list(rows)
+        self.slabs = nn.ModuleList(
+            Slab(
+                backend,
+                {feature: rows[feature] for feature in features},
+                positions=[order.index(feature) for feature in features],
+                pooling=Pooling[pooling.upper()],
+                seed=seed,
+            )
+            for backend, features in members.items()
+        )
+        by_slab = torch.cat([slab.tables[:, 0] for slab in self.slabs])
+        in_order = by_slab.equal(torch.arange(self.num_features))
+        # feature f of the batch is row _where[f] of the slabs' concatenated outputs
+        self.register_buffer("_where", None if in_order else by_slab.argsort(), persistent=False)
+
+    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pooled vectors [B, F, D], in the features' order.
+
+        ids: [N] int32 or int64, feature-major; offsets: [F * B + 1], or None when every bag has one id.
+        Raises ValueError for lengths that fit no B; RuntimeError naming feature, position, id and limit for an id out
+        of range.
+        """
+        num_bags = ids.numel() if offsets is None else offsets.numel() - 1
+        if num_bags < 0 or num_bags % self.num_features:
+            raise ValueError(f"{num_bags} bags are not a multiple of {self.num_features} features")
+        if offsets is not None:
+            offsets = offsets.long()
+        batch_size = num_bags // self.num_features
+        parts = [slab(ids, offsets, per_sample_weights, batch_size) for slab in self.slabs]
+        vectors = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return vectors if self._where is None else vectors.index_select(1, self._where)
+
+    def num_bytes(self) -> int:
+        """embedding_bytes: every parameter and every buffer that the embeddings keep."""
+        return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])
+
+    def state_bytes(self) -> int:
+        """The bytes kept per id beside the weights (hash caches, pointers, dictionaries): these backends keep none."""
+        return 0
+
+    def dense_equivalent_bytes(self) -> int:
+        """Bytes of one float32 row per id for every feature."""
+        return sum(s.backend.dense_bytes(n) for s in self.slabs for n in s.rows.values())
+
+    def feature_table(self) -> list[dict]:
+        """One row per feature, in the batch's order; keys as in `Slab.feature_table`."""
+        table = {row["feature"]: row for slab in self.slabs for row in slab.feature_table()}
+        order = sorted(
+            (position, f) for s in self.slabs for position, f in zip(s.tables[:, 0].tolist(), s.rows, strict=True)
+        )
+        return [table[feature] for _, feature in order]

@@ -1,0 +1,181 @@
+"""The compiled kernels: built with ninja on first use, loaded once, and the only door to csrc.
+
+Once loaded, the kernels take precedence in torch's dispatcher over the reference of `embeddings.reference`, which stays
+the fallback. Which of the two runs is said in one line, never silently.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+MODES = ("auto", "require", "off")
+
+# No contraction of a*b + c and no fast math: every device must give the same bits.
+CXX_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+CUDA_FLAGS = (
+    "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr --Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden"
+)
+DEFINES = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one source for every later torch
+
+
+def load(mode: str = "auto") -> bool:
+    """Make the compiled kernels available and say whether they are; the first call decides for the process.
+
+    mode: "auto" falls back to the reference with one line that says why, "require" raises RuntimeError with the
+    compiler's words, "off" keeps to the reference. Raises ValueError for another mode, or when a later call
+    contradicts the first.
+    """
+    if mode not in MODES:
+        raise ValueError(f"native={mode!r} is not one of {', '.join(MODES)}")
+    loaded = _load(mode == "off", mode == "require")
+    if mode == "require" and not loaded:
+        raise RuntimeError("native=require, but this process has already chosen the reference kernels")
+    if mode == "off" and loaded:
+        raise ValueError("native=off, but this process has already loaded the compiled kernels")
+    return loaded
+
+
+_decided: list[bool] = []  # torch libraries cannot be unloaded, so the choice belongs to the process
+
+
+def _load(off: bool, require: bool) -> bool:
+    if _decided:
+        return _decided[0]
+    if off:
+        _decided.append(False)
+        return False
+    try:
+        torch.ops.load_library(str(build()))
+    except (OSError, RuntimeError) as error:
+        if require:
+            raise RuntimeError(f"native=require, but the kernels cannot be built:\n{error}") from error
+        print(f"kernels: reference (the compiled ones are not available: {_first_line(error)})", file=sys.stderr)
+        _decided.append(False)
+        return False
+    _decided.append(True)
+    return True
+
+
+def default_mode() -> str:
+    """The mode of a process that never called `load`: EMBEDDINGS_NATIVE, or auto."""
+    return os.environ.get("EMBEDDINGS_NATIVE", "auto")
+
+
+@functools.cache
+def ensure() -> bool:
+    """`load` in the default mode, unless the process has decided already."""
+    return _decided[0] if _decided else load(default_mode())
+
+
+def build() -> Path:
+    """The shared library for this torch, compiler and processor, compiled if it is not in the user's cache.
+
+    Raises RuntimeError with the compiler's words.
+    """
+    cuda = torch.version.cuda is not None and shutil.which("nvcc") is not None
+    folder = _cache_folder() / _key(cuda)
+    library = folder / "embeddings.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / "lock"):
+        if not library.exists():
+            print(f"kernels: compiling csrc once into {folder} ...", file=sys.stderr, flush=True)
+            # built beside, then renamed: a killed build is never mistaken for a finished one
+            _run_ninja(folder, "embeddings.part.so", cuda)
+            os.replace(folder / "embeddings.part.so", library)
+    return library
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "compressed-embeddings"
+
+
+def _key(cuda: bool) -> str:
+    """Whatever changes the binary: sources, flags, torch, compiler, and the processor (-march=native)."""
+    digest = hashlib.sha256()
+    for source in sorted(CSRC.glob("*.*")):
+        digest.update(source.name.encode() + source.read_bytes())
+    digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{torch.__version__}{torch.version.cuda}{cuda}{platform.machine()}".encode())
+    digest.update(_output_of([_compiler(), "-dumpfullversion"]) + _processor())
+    return f"torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _processor() -> bytes:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"model name"))}))
+    return platform.processor().encode()
+
+
+def _output_of(command: list[str]) -> bytes:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).stdout
+    except FileNotFoundError as error:
+        raise RuntimeError(f"{command[0]}: no such compiler; install a C++ compiler or use native=off") from error
+
+
+def _ninja_file(output: str, cuda: bool) -> str:
+    """The build: bag.cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
+    root = Path(torch.__file__).parent
+    includes = f"-isystem {root}/include"
+    libraries = f"-L{root}/lib -Wl,-rpath,{root}/lib -ltorch_cpu -ltorch -lc10"
+    lines = [
+        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {DEFINES} {includes} -c $in -o $out",
+        f"build bag.o: cxx {CSRC}/bag.cpp",
+    ]
+    objects = "bag.o"
+    if cuda:
+        devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(8, 0), (9, 0)}
+        architectures = " ".join(f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(devices))
+        command = f"nvcc {CUDA_FLAGS} {architectures} {DEFINES} -DUSE_CUDA {includes} -c $in -o $out"
+        lines += [f"rule nvcc\n  command = {command}", f"build bag_cuda.o: nvcc {CSRC}/bag.cu"]
+        objects += " bag_cuda.o"
+        cuda_root = Path(shutil.which("nvcc")).resolve().parent.parent
+        libraries += f" -ltorch_cuda -lc10_cuda -L{cuda_root}/lib64 -lcudart"
+    lines += [
+        f"rule link\n  command = {_compiler()} -shared $in -o $out {libraries}",
+        f"build {output}: link {objects}",
+        f"default {output}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _run_ninja(folder: Path, output: str, cuda: bool) -> None:
+    (folder / "build.ninja").write_text(_ninja_file(output, cuda))
+    ninja = Path(sys.executable).parent / "ninja"
+    command = [str(ninja) if ninja.exists() else "ninja", "-C", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError("ninja is not installed: pip install ninja, or use native=off") from error
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+@contextlib.contextmanager
+def _lock(path: Path):
+    """One builder at a time; the kernel releases the lock of a process that died."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if "error" in line] or str(error).splitlines() or [repr(error)]
+    return lines[0].strip()

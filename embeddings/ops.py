@@ -1,0 +1,129 @@
+"""The operators' schemas, shapes and gradients. The reference is their composite kernel; csrc's replace it when loaded.
+
+    torch.ops.embeddings.bag                          forward
+    torch.ops.embeddings.bag_backward                 gradient of the whole slab
+    torch.ops.embeddings.bag_backward_rows            gradient of the touched slots only
+    torch.ops.embeddings.bag_backward_sample_weights  gradient of the per-sample weights
+
+Arguments, in this order everywhere (Python, C++, CUDA):
+    weights [S, Z]     the slab; dim D is a multiple of Z
+    ids [N]            int32 or int64, feature-major, of the whole batch
+    offsets            int64 [features * B + 1], or None when every bag has one id
+    per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
+    tables [F, 5]      int64, one row per feature of the slab; columns in `embeddings.slab`
+    index_map, pooling, accumulate: the numbers below;  features: the names, comma-separated, for errors
+Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_autograd, register_fake
+
+from embeddings import reference
+
+
+class IndexMap(IntEnum):
+    """Which weights an id reads: the structs of csrc/index_map.h, in its order."""
+
+    DENSE = 0
+    HASHED = 1
+
+
+class Pooling(IntEnum):
+    """How the vectors of a bag become one."""
+
+    SUM = 0
+    MEAN = 1
+    MAX = 2
+
+
+class Accumulate(IntEnum):
+    """How a slab's gradient is made: dense and repeatable, dense by atomics, or touched slots only (repeatable)."""
+
+    SORTED = 0
+    ATOMIC = 1
+    ROWS = 2
+
+
+_BATCH = "Tensor ids, Tensor? offsets"
+_WEIGHTS = "Tensor? per_sample_weights"
+_HOW = "int index_map, int pooling"
+
+define(
+    "embeddings::bag",
+    f"(Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, int batch_size, int dim, {_HOW}, int accumulate, "
+    "str features) -> Tensor",
+)
+define(
+    "embeddings::bag_backward",
+    f"(Tensor grad, Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, bool atomic, str features) -> Tensor",
+)
+define(
+    "embeddings::bag_backward_rows",
+    f"(Tensor grad, Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, str features) -> (Tensor, Tensor)",
+)
+define(
+    "embeddings::bag_backward_sample_weights",
+    f"(Tensor grad, Tensor weights, {_BATCH}, Tensor tables, {_HOW}, str features) -> Tensor",
+)
+
+impl("embeddings::bag", "CompositeExplicitAutograd", reference.bag)
+impl("embeddings::bag_backward", "CompositeExplicitAutograd", reference.bag_backward)
+impl("embeddings::bag_backward_rows", "CompositeExplicitAutograd", reference.bag_backward_rows)
+impl("embeddings::bag_backward_sample_weights", "CompositeExplicitAutograd", reference.bag_backward_sample_weights)
+
+
+@register_fake("embeddings::bag")
+def _(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, index_map, pooling, accumulate, features):
+    return weights.new_empty(batch_size, tables.shape[0], dim)
+
+
+@register_fake("embeddings::bag_backward")
+def _(grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling, atomic, features):
+    return torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+
+@register_fake("embeddings::bag_backward_rows")
+def _(grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling, features):
+    num_touched = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(num_touched, dtype=torch.int64), weights.new_empty(num_touched, weights.shape[1])
+
+
+@register_fake("embeddings::bag_backward_sample_weights")
+def _(grad, weights, ids, offsets, tables, index_map, pooling, features):
+    return weights.new_empty(ids.shape[0])
+
+
+def _keep(ctx, inputs, output) -> None:
+    weights, ids, offsets, per_sample_weights, tables, _, _, *ctx.how, ctx.features = inputs
+    ctx.save_for_backward(weights, ids, offsets, per_sample_weights, tables)
+
+
+def _backward(ctx, grad: Tensor):
+    weights, ids, offsets, per_sample_weights, tables = ctx.saved_tensors
+    index_map, pooling, accumulate = ctx.how
+    weights_grad = sample_weights_grad = None
+    if ctx.needs_input_grad[0]:
+        slab = (grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling)
+        if accumulate == Accumulate.ROWS:
+            slots, values = torch.ops.embeddings.bag_backward_rows(*slab, ctx.features)
+            weights_grad = torch.sparse_coo_tensor(
+                slots[None], values, weights.shape, is_coalesced=True, check_invariants=False
+            )
+        else:
+            atomic = accumulate == Accumulate.ATOMIC
+            if atomic and torch.are_deterministic_algorithms_enabled():
+                raise RuntimeError(
+                    "accumulate=atomic does not repeat; with deterministic algorithms use sorted or rows"
+                )
+            weights_grad = torch.ops.embeddings.bag_backward(*slab, atomic, ctx.features)
+    if ctx.needs_input_grad[3]:
+        sample_weights_grad = torch.ops.embeddings.bag_backward_sample_weights(
+            grad, weights, ids, offsets, tables, index_map, pooling, ctx.features
+        )
+    return (weights_grad, None, None, sample_weights_grad, *(None,) * 7)
+
+
+register_autograd("embeddings::bag", _backward, setup_context=_keep)
