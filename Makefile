@@ -42,7 +42,7 @@ format: $(VENV)/.dev  ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
 
 cuda: $(VENV)/.train  ## compile every .cu for sm_80 and sm_90, warnings are errors; needs nvcc, no GPU
-	$(BIN)/python -m embeddings.native cuda
+	$(BIN)/python -c "from embeddings.native import compile_cuda; raise SystemExit(compile_cuda())"
 
 gpu:  ## on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks
 	bash benchmarks/gpu.sh

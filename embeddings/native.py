@@ -6,19 +6,20 @@ the fallback. Which of the two runs is said in one line, never silently.
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 MODES = ("auto", "require", "off")
+ARCHITECTURES = ("80", "90")  # A100, H100 and H200
 
 # No contraction of a*b + c and no fast math: every device must give the same bits.
 CXX_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
@@ -37,44 +38,32 @@ def load(mode: str = "auto") -> bool:
     """
     if mode not in MODES:
         raise ValueError(f"native={mode!r} is not one of {', '.join(MODES)}")
-    loaded = _load(mode == "off", mode == "require")
-    if mode == "require" and not loaded:
+    if not _decided:
+        _decided.append(mode != "off" and _try_to_load(mode))
+    if mode == "require" and not _decided[0]:
         raise RuntimeError("native=require, but this process has already chosen the reference kernels")
-    if mode == "off" and loaded:
+    if mode == "off" and _decided[0]:
         raise ValueError("native=off, but this process has already loaded the compiled kernels")
-    return loaded
+    return _decided[0]
 
 
-_decided: list[bool] = []  # torch libraries cannot be unloaded, so the choice belongs to the process
+_decided: list[bool] = []  # empty, or the answer: torch cannot unload a library, so it holds for the process
 
 
-def _load(off: bool, require: bool) -> bool:
-    if _decided:
-        return _decided[0]
-    if off:
-        _decided.append(False)
-        return False
+def _try_to_load(mode: str) -> bool:
     try:
         torch.ops.load_library(str(build()))
     except (OSError, RuntimeError) as error:
-        if require:
+        if mode == "require":
             raise RuntimeError(f"native=require, but the kernels cannot be built:\n{error}") from error
         print(f"kernels: reference (the compiled ones are not available: {_first_line(error)})", file=sys.stderr)
-        _decided.append(False)
         return False
-    _decided.append(True)
     return True
 
 
-def default_mode() -> str:
-    """The mode of a process that never called `load`: EMBEDDINGS_NATIVE, or auto."""
-    return os.environ.get("EMBEDDINGS_NATIVE", "auto")
-
-
-@functools.cache
 def ensure() -> bool:
-    """`load` in the default mode, unless the process has decided already."""
-    return _decided[0] if _decided else load(default_mode())
+    """Whether the compiled kernels run here; without a `load` before, in mode EMBEDDINGS_NATIVE (or auto)."""
+    return _decided[0] if _decided else load(os.environ.get("EMBEDDINGS_NATIVE", "auto"))
 
 
 def build() -> Path:
@@ -130,30 +119,54 @@ def _output_of(command: list[str]) -> bytes:
         raise RuntimeError(f"{command[0]}: no such compiler; install a C++ compiler or use native=off") from error
 
 
+def _torch_root() -> Path:
+    return Path(torch.__file__).parent
+
+
+def _nvcc(architectures: list[str]) -> str:
+    """nvcc with everything but input and output, for these devices ("80" is sm_80). A CPU build of torch is enough."""
+    devices = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)
+    return f"nvcc {CUDA_FLAGS} {devices} {DEFINES} -DUSE_CUDA -isystem {_torch_root()}/include"
+
+
 def _ninja_file(output: str, cuda: bool) -> str:
     """The build: bag.cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
-    root = Path(torch.__file__).parent
-    includes = f"-isystem {root}/include"
+    root = _torch_root()
     libraries = f"-L{root}/lib -Wl,-rpath,{root}/lib -ltorch_cpu -ltorch -lc10"
     lines = [
-        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {DEFINES} {includes} -c $in -o $out",
+        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {DEFINES} -isystem {root}/include -c $in -o $out",
         f"build bag.o: cxx {CSRC}/bag.cpp",
     ]
     objects = "bag.o"
     if cuda:
-        devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(8, 0), (9, 0)}
-        architectures = " ".join(f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(devices))
-        command = f"nvcc {CUDA_FLAGS} {architectures} {DEFINES} -DUSE_CUDA {includes} -c $in -o $out"
-        lines += [f"rule nvcc\n  command = {command}", f"build bag_cuda.o: nvcc {CSRC}/bag.cu"]
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        devices = [f"{major}{minor}" for major, minor in sorted(present)] or list(ARCHITECTURES)
+        lines += [f"rule nvcc\n  command = {_nvcc(devices)} -c $in -o $out", f"build bag_cuda.o: nvcc {CSRC}/bag.cu"]
         objects += " bag_cuda.o"
-        cuda_root = Path(shutil.which("nvcc")).resolve().parent.parent
-        libraries += f" -ltorch_cuda -lc10_cuda -L{cuda_root}/lib64 -lcudart"
+        libraries += f" -ltorch_cuda -lc10_cuda -L{Path(shutil.which('nvcc')).resolve().parent.parent}/lib64 -lcudart"
     lines += [
         f"rule link\n  command = {_compiler()} -shared $in -o $out {libraries}",
         f"build {output}: link {objects}",
         f"default {output}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def compile_cuda() -> int:
+    """Compile every CUDA source for every architecture we support. Returns the worst exit status."""
+    if shutil.which("nvcc") is None:
+        print("nvcc is not on the PATH: install the CUDA toolkit (13.0 or newer)", file=sys.stderr)
+        return 1
+    status = 0
+    for source in sorted(CSRC.glob("*.cu")):
+        began = time.perf_counter()
+        command = [*_nvcc(list(ARCHITECTURES)).split(), "--threads", "0", "-c", str(source), "-o", os.devnull]
+        code = subprocess.run(command, check=False).returncode
+        result = "ok" if code == 0 else f"FAILED ({code})"
+        names = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+        print(f"{source.name} for {names}: {result}, {time.perf_counter() - began:.0f} s", flush=True)
+        status = max(status, code)
+    return status
 
 
 def _run_ninja(folder: Path, output: str, cuda: bool) -> None:
