@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <mutex>
 #include <tuple>
 #include <vector>
@@ -13,77 +12,106 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// The first bad id or bag that any thread met, in batch order; thrown after the threads have joined.
+// The first bad bag or id in the order feature, sample, position, whichever thread met it; raised when all have joined.
 class FirstError {
  public:
-  void note(int64_t table, int64_t place, int64_t first, int64_t second, bool is_id) {
-    std::lock_guard<std::mutex> guard(lock_);
-    if (found_ && std::make_pair(table_, place_) <= std::make_pair(table, place)) return;
-    found_ = true, is_id_ = is_id, table_ = table, place_ = place, first_ = first, second_ = second;
-  }
+  void bad_id(int64_t f, int64_t b, int64_t n, int64_t id, int64_t limit) { note({f, b, n, id, limit}); }
+  void bad_bag(int64_t f, int64_t b, int64_t begin, int64_t end) { note({f, b, -1, begin, end}); }
   void raise(const Call& call) const {
     if (!found_) return;
-    if (is_id_) call.fail_id(table_, place_, first_, second_);
-    call.fail_offsets(table_, place_, first_, second_);
+    const auto [f, b, n, first, second] = error_;
+    if (n >= 0) call.fail_id(f, n, first, second);
+    call.fail_offsets(f, b, first, second);
   }
 
  private:
+  using Error = std::array<int64_t, 5>;  // feature, sample, position or -1, then id and limit, or begin and end
+  void note(const Error& error) {
+    std::lock_guard<std::mutex> guard(lock_);
+    if (!found_ || error < error_) error_ = error;
+    found_ = true;
+  }
   std::mutex lock_;
-  bool found_ = false, is_id_ = false;
-  int64_t table_ = 0, place_ = 0, first_ = 0, second_ = 0;
+  bool found_ = false;
+  Error error_{};
 };
 
-// The batch must cover every feature, and each slice must lie inside the slab: 26 rows, checked on every call.
+// The batch must cover every feature, and the slices must lie in the slab, ascending and apart: a few rows, checked on
+// every call.
 template <typename Map>
 void check_tables(const Call& call) {
+  int64_t end = 0;
   for (int64_t f = 0; f < call.at.num_tables; ++f) {
     const Table& table = call.at.tables[f];
-    const int64_t bags = (table.position + 1) * call.at.batch_size;
-    const bool covered = call.offsets ? bags < call.offsets->numel() : bags <= call.at.num_ids;
-    if (table.position < 0 || !covered) {
+    if (table.position < 0 || (call.num_bags > 0 && table.position >= call.num_bags / call.at.batch_size)) {
       fail("the batch has no bags for feature ", call.feature(f), " at position ", table.position);
     }
     const int64_t needed = Map::ranged ? table.num_embeddings : 1;
-    if (table.first_slot < 0 || table.num_slots < needed || table.first_slot > call.num_slots - table.num_slots) {
+    if (table.first_slot < end || table.num_slots < std::max<int64_t>(needed, 1) || table.num_slots > call.num_slots ||
+        table.first_slot > call.num_slots - table.num_slots) {
       fail("feature ", call.feature(f), ": slots [", table.first_slot, ", +", table.num_slots, ") do not fit its ",
-           table.num_embeddings, " ids and a slab of ", call.num_slots, " slots");
+           table.num_embeddings, " ids, the slots before and a slab of ", call.num_slots, " slots");
     }
+    end = table.first_slot + table.num_slots;
+  }
+}
+
+// Offsets that pass bag by bag must also cover all ids.
+void check_cover(const Call& call) {
+  if (!call.offsets) return;
+  const int64_t first = call.at.offsets[0], last = call.at.offsets[call.num_bags];
+  if (first != 0 || last != call.at.num_ids) {
+    fail("offsets must begin with 0 and end with the number of ids, ", call.at.num_ids, ", not ", first, " and ", last);
   }
 }
 
 // False, with the error noted, if the bag of sample b reaches outside the batch's ids.
-bool valid_bag(const Call& call, int64_t f, int64_t b, FirstError& error) {
+HOST_DEVICE bool valid_bag(const Call& call, int64_t f, int64_t b, FirstError& error) {
   const int64_t begin = call.at.begin(f, b), end = call.at.end(f, b);
   if (begin >= 0 && begin <= end && end <= call.at.num_ids) return true;
-  error.note(f, b, begin, end, false);
+  error.bad_bag(f, b, begin, end);
   return false;
 }
 
 template <typename Map>
-bool valid_id(const Call& call, int64_t f, int64_t n, int64_t id, FirstError& error) {
+HOST_DEVICE bool valid_id(const Call& call, int64_t f, int64_t b, int64_t n, int64_t id, FirstError& error) {
   if (!Map::ranged || (id >= 0 && id < call.at.tables[f].num_embeddings)) return true;
-  error.note(f, n, id, call.at.tables[f].num_embeddings, true);
+  error.bad_id(f, b, n, id, call.at.tables[f].num_embeddings);
   return false;
 }
 
-// Adds vectors in the order that index_map.h fixes: runs of kRun, then the runs.
-template <typename real>
+// Adds vectors of `size` numbers, in chunks of `width`, in the order that index_map.h fixes: runs of kRun, then the
+// runs. kPiece numbers, a divisor of width, are moved at once.
+template <typename real, int kPiece>
 class OrderedSum {
  public:
-  explicit OrderedSum(int64_t size) : total_(size), run_(size) {}
+  OrderedSum(int64_t size, int64_t width) : width_(width), total_(size), run_(size) {}
   void clear() { count_ = 0; }
 
-  // contribution(d): number d of the next vector.
-  template <typename Contribution>
-  void add(Contribution contribution) {
-    const int64_t size = static_cast<int64_t>(run_.size());
-    if (count_ % kRun == 0) {
-      if (count_) close_run();
-      for (int64_t d = 0; d < size; ++d) run_[d] = contribution(d);
-    } else {
-      for (int64_t d = 0; d < size; ++d) run_[d] += contribution(d);
+  // chunk(c)(z): number z of chunk c of the next vector.
+  template <typename Chunk>
+  void add_chunks(int64_t chunks, Chunk chunk) {
+    const bool starts_run = count_ % kRun == 0;
+    if (starts_run && count_) close_run();
+    real* to = run_.data();
+    for (int64_t c = 0; c < chunks; ++c) {
+      const auto numbers = chunk(c);
+      for (int64_t z = 0; z < width_; z += kPiece, to += kPiece) {
+        real piece[kPiece];  // a copy, so that the compiler need not ask whether `to` overlaps the slab
+        for (int i = 0; i < kPiece; ++i) piece[i] = numbers(z + i);
+        if (starts_run) {
+          for (int i = 0; i < kPiece; ++i) to[i] = piece[i];
+        } else {
+          for (int i = 0; i < kPiece; ++i) to[i] += piece[i];
+        }
+      }
     }
     ++count_;
+  }
+  // contribution(z): number z of the next vector, in one chunk.
+  template <typename Contribution>
+  void add(Contribution contribution) {
+    add_chunks(1, [&](int64_t) { return contribution; });
   }
   // The sum; zeros if nothing was added.
   const real* finish() {
@@ -100,6 +128,7 @@ class OrderedSum {
     const bool first = count_ <= kRun;
     for (size_t d = 0; d < run_.size(); ++d) total_[d] = first ? run_[d] : total_[d] + run_[d];
   }
+  int64_t width_;
   std::vector<real> total_, run_;
   int64_t count_ = 0;
 };
@@ -135,7 +164,7 @@ void max_of_bag(const Call& call, const weight_t* slab, int64_t f, int64_t b, re
   bool any = false;
   for (int64_t n = call.at.begin(f, b); n < call.at.end(f, b); ++n) {
     const int64_t id = call.at.id(n);
-    if (!valid_id<Map>(call, f, n, id, error)) continue;
+    if (!valid_id<Map>(call, f, b, n, id, error)) continue;
     const auto row = row_of<weight_t, Map>(call, slab, f, id);
     for (int64_t c = 0, d = 0; c < call.chunks; ++c) {
       const weight_t* from = row.chunk(c);
@@ -153,30 +182,41 @@ void max_of_bag(const Call& call, const weight_t* slab, int64_t f, int64_t b, re
   if (argmax) std::fill(argmax, argmax + call.dim, int64_t(-1));
 }
 
-template <typename weight_t, typename Map, typename real>
-const real* sum_of_bag(const Call& call, const weight_t* slab, const weight_t* sample_weights, int64_t f, int64_t b,
-                       OrderedSum<real>& sum, std::vector<real>& vector, FirstError& error) {
+// Asks for the vector of position n, if it is one of the feature's (its last is before `end`): a cold row costs more to
+// wait for than to add. HOST_DEVICE forces it inline: gcc drops a call whose only effect is a prefetch.
+template <typename weight_t, typename Map>
+HOST_DEVICE void prefetch(const Call& call, const weight_t* slab, int64_t f, int64_t n, int64_t end) {
+  if (n >= end) return;
+  const int64_t id = call.at.id(n);
+  if (Map::ranged && (id < 0 || id >= call.at.tables[f].num_embeddings)) return;
+  const auto row = row_of<weight_t, Map>(call, slab, f, id);
+  for (int64_t c = 0; c < call.chunks; ++c) {
+    const char* from = reinterpret_cast<const char*>(row.chunk(c));
+    for (size_t line = 0; line < call.width * sizeof(weight_t); line += 64) __builtin_prefetch(from + line);
+  }
+}
+
+// Sums the bag into `sum`, each vector times its sample weight. last: where the feature's ids end.
+template <typename weight_t, typename Map, typename Sum>
+void sum_of_bag(const Call& call, const weight_t* slab, const weight_t* sample_weights, int64_t f, int64_t b,
+                int64_t last, Sum& sum, FirstError& error) {
+  using real = typename Accumulator<weight_t>::type;
+  constexpr int64_t kAhead = 16;  // ids: about the time of one cold read
   sum.clear();
   for (int64_t n = call.at.begin(f, b); n < call.at.end(f, b); ++n) {
     const int64_t id = call.at.id(n);
-    if (!valid_id<Map>(call, f, n, id, error)) continue;
+    if (!valid_id<Map>(call, f, b, n, id, error)) continue;
+    prefetch<weight_t, Map>(call, slab, f, n + kAhead, last);
     const auto row = row_of<weight_t, Map>(call, slab, f, id);
-    for (int64_t c = 0; c < call.chunks; ++c) {
+    sum.add_chunks(call.chunks, [&](int64_t c) {
       const weight_t* from = row.chunk(c);
-      real* to = vector.data() + c * call.width;
-      for (int64_t z = 0; z < call.width; ++z) to[z] = static_cast<real>(from[z]);
-    }
-    if (sample_weights) {
-      const real w = static_cast<real>(sample_weights[n]);
-      sum.add([&](int64_t d) { return vector[d] * w; });
-    } else {
-      sum.add([&](int64_t d) { return vector[d]; });
-    }
+      const real w = sample_weights ? static_cast<real>(sample_weights[n]) : real(1);
+      return [=](int64_t z) { return static_cast<real>(from[z]) * w; };  // * 1 is exact
+    });
   }
-  return sum.finish();
 }
 
-template <typename weight_t, typename Map>
+template <typename weight_t, typename Map, int kPiece>
 void forward(const Call& call, weight_t* out) {
   using real = typename Accumulator<weight_t>::type;
   check_tables<Map>(call);
@@ -185,25 +225,30 @@ void forward(const Call& call, weight_t* out) {
   const int64_t F = call.at.num_tables, B = call.at.batch_size, D = call.dim;
   FirstError error;
   parallel_for(0, F * B, 512, [&](int64_t first, int64_t last) {
-    OrderedSum<real> sum(D);
-    std::vector<real> vector(D);
-    for (int64_t bag = first; bag < last; ++bag) {
-      const int64_t f = bag / B, b = bag % B;
+    OrderedSum<real, kPiece> sum(D, call.width);
+    int64_t f = first / B, b = first % B;
+    for (int64_t bag = first; bag < last; ++bag, ++b) {
+      if (b == B) b = 0, ++f;
       if (!valid_bag(call, f, b, error)) continue;
-      weight_t* to = out + (b * F + f) * D;
+      const real* pooled = sum.scratch();
       if (call.pooling == kMax) {
-        real* best = sum.scratch();
-        max_of_bag<weight_t, Map>(call, slab, f, b, best, nullptr, error);
-        for (int64_t d = 0; d < D; ++d) to[d] = static_cast<weight_t>(best[d]);
-        continue;
+        max_of_bag<weight_t, Map>(call, slab, f, b, sum.scratch(), nullptr, error);
+      } else {
+        const int64_t end = std::min(call.at.end(f, B - 1), call.at.num_ids);
+        sum_of_bag<weight_t, Map>(call, slab, sample_weights, f, b, end, sum, error);
+        pooled = sum.finish();
       }
-      const real* total = sum_of_bag<weight_t, Map>(call, slab, sample_weights, f, b, sum, vector, error);
-      const int64_t count = call.at.end(f, b) - call.at.begin(f, b);
-      const real divisor = call.pooling == kMean && count > 1 ? static_cast<real>(count) : real(1);
-      for (int64_t d = 0; d < D; ++d) to[d] = static_cast<weight_t>(total[d] / divisor);
+      weight_t* to = out + (b * F + f) * D;
+      const real divisor = call.at.divisor<real>(f, b, call.pooling);
+      if (divisor == real(1)) {
+        for (int64_t d = 0; d < D; ++d) to[d] = static_cast<weight_t>(pooled[d]);
+      } else {
+        for (int64_t d = 0; d < D; ++d) to[d] = static_cast<weight_t>(pooled[d] / divisor);
+      }
     }
   });
   error.raise(call);
+  check_cover(call);
 }
 
 // What id n adds to the gradient of its own vector: g(d) * weight / count, or g(d) where it was the maximum.
@@ -225,13 +270,12 @@ struct Contributions {
       sum.add([&](int64_t z) { return winner[z] == n ? static_cast<real>(g[z]) : real(0); });
       return;
     }
-    const int64_t count = call.at.end(f, b) - call.at.begin(f, b);
-    const real divisor = call.pooling == kMean && count > 1 ? static_cast<real>(count) : real(1);
-    if (sample_weights) {
-      const real w = static_cast<real>(sample_weights[n]);
-      sum.add([&](int64_t z) { return static_cast<real>(g[z]) * w / divisor; });
+    const real w = sample_weights ? static_cast<real>(sample_weights[n]) : real(1);
+    const real divisor = call.at.divisor<real>(f, b, call.pooling);
+    if (divisor == real(1)) {
+      sum.add([=](int64_t z) { return static_cast<real>(g[z]) * w; });
     } else {
-      sum.add([&](int64_t z) { return static_cast<real>(g[z]) / divisor; });
+      sum.add([=](int64_t z) { return static_cast<real>(g[z]) * w / divisor; });
     }
   }
 };
@@ -276,16 +320,16 @@ SortedTable sort_table(const Call& call, int64_t f, FirstError& error) {
   if (B == 0) return sorted;
   sorted.first = call.at.begin(f, 0);
   const int64_t last = call.at.end(f, B - 1);
-  for (int64_t b = 0; b < B; ++b) {
-    if (!valid_bag(call, f, b, error)) return sorted;
+  if (last >= sorted.first && last <= call.at.num_ids) {
+    sorted.bags.reserve(last - sorted.first);
+    sorted.touches.reserve((last - sorted.first) * call.chunks);
   }
-  sorted.bags.reserve(last - sorted.first);
-  sorted.touches.reserve((last - sorted.first) * call.chunks);
   for (int64_t b = 0; b < B; ++b) {
+    if (!valid_bag(call, f, b, error)) continue;
     for (int64_t n = call.at.begin(f, b); n < call.at.end(f, b); ++n) {
       const int64_t id = call.at.id(n);
       sorted.bags.push_back(b);
-      if (!valid_id<Map>(call, f, n, id, error)) continue;
+      if (!valid_id<Map>(call, f, b, n, id, error)) continue;
       const uint64_t key = Map::key(table, id);
       for (int64_t c = 0; c < call.chunks; ++c) {
         sorted.touches.push_back({static_cast<uint64_t>(Map::slot(table, key, c)),
@@ -302,7 +346,7 @@ SortedTable sort_table(const Call& call, int64_t f, FirstError& error) {
 
 // Sums each touched slot's contributions in order and hands them on: write(u, slot, sum [Z]), u counts this table's
 // slots.
-template <typename weight_t, typename Map, typename Write>
+template <typename weight_t, typename Map, int kPiece, typename Write>
 void reduce_table(const Call& call, const weight_t* grad, int64_t f, const SortedTable& sorted, FirstError& error,
                   Write write) {
   using real = typename Accumulator<weight_t>::type;
@@ -317,7 +361,7 @@ void reduce_table(const Call& call, const weight_t* grad, int64_t f, const Sorte
   }
   const auto* sample_weights = call.sample_weights ? call.sample_weights->const_data_ptr<weight_t>() : nullptr;
   const Contributions<weight_t> contributions{call, grad, sample_weights, argmax.empty() ? nullptr : argmax.data()};
-  OrderedSum<real> sum(call.width);
+  OrderedSum<real, kPiece> sum(call.width, call.width);
   int64_t u = 0;
   for (size_t i = 0; i < sorted.touches.size(); ++u) {
     const uint64_t slot = sorted.touches[i].slot;
@@ -341,7 +385,24 @@ void with_sorted_tables(const Call& call, Use use) {
     for (int64_t f = first; f < last; ++f) sorted[f] = sort_table<Map>(call, f, error);
   });
   error.raise(call);
+  check_cover(call);
   use(sorted, error);
+}
+
+// Calls function(std::integral_constant<int, kPiece>): how many numbers of a slot are moved at once.
+template <typename Function>
+void with_piece(int64_t width, Function function) {
+  if (width % 16 == 0) return function(std::integral_constant<int, 16>{});
+  if (width % 8 == 0) return function(std::integral_constant<int, 8>{});
+  function(std::integral_constant<int, 1>{});
+}
+
+// Calls function(weight_t{}, Map{}, std::integral_constant<int, kPiece>).
+template <typename Function>
+void with_kernel(const Call& call, int64_t index_map, Function function) {
+  with_dtype_and_map(call.weights.scalar_type(), index_map, [&](auto weight, auto map) {
+    with_piece(call.width, [&](auto piece) { function(weight, map, piece); });
+  });
 }
 
 void check_grad(const Call& call, const Tensor& grad) {
@@ -357,9 +418,9 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
            int64_t index_map, int64_t pooling, int64_t /*accumulate*/, std::string features) {
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, dim, pooling, features);
   Tensor out = torch::stable::new_empty(weights, {batch_size, call.at.num_tables, dim});
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
+  with_kernel(call, index_map, [&](auto weight, auto map, auto piece) {
     using weight_t = decltype(weight);
-    forward<weight_t, decltype(map)>(call, out.mutable_data_ptr<weight_t>());
+    forward<weight_t, decltype(map), decltype(piece)::value>(call, out.mutable_data_ptr<weight_t>());
   });
   return out;
 }
@@ -372,17 +433,20 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
   check_grad(call, grad);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.num_slots, call.width});
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
+  with_kernel(call, index_map, [&](auto weight, auto map, auto piece) {
     using weight_t = decltype(weight);
     using Map = decltype(map);
+    constexpr int kPiece = decltype(piece)::value;
     with_sorted_tables<Map>(call, [&](const std::vector<SortedTable>& sorted, FirstError& error) {
       const auto* g = dense.const_data_ptr<weight_t>();
       auto* to = out.mutable_data_ptr<weight_t>();
       parallel_for(0, call.at.num_tables, 1, [&](int64_t first, int64_t last) {
         for (int64_t f = first; f < last; ++f) {
-          reduce_table<weight_t, Map>(call, g, f, sorted[f], error, [&](int64_t, int64_t slot, const auto* sum) {
-            for (int64_t z = 0; z < call.width; ++z) to[slot * call.width + z] = static_cast<weight_t>(sum[z]);
-          });
+          reduce_table<weight_t, Map, kPiece>(call, g, f, sorted[f], error,
+                                              [&](int64_t, int64_t slot, const auto* sum) {
+                                                for (int64_t z = 0; z < call.width; ++z)
+                                                  to[slot * call.width + z] = static_cast<weight_t>(sum[z]);
+                                              });
         }
       });
     });
@@ -399,9 +463,10 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
   check_grad(call, grad);
   const Tensor dense = torch::stable::contiguous(grad);
   std::optional<Tensor> slots, values;
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
+  with_kernel(call, index_map, [&](auto weight, auto map, auto piece) {
     using weight_t = decltype(weight);
     using Map = decltype(map);
+    constexpr int kPiece = decltype(piece)::value;
     with_sorted_tables<Map>(call, [&](const std::vector<SortedTable>& sorted, FirstError& error) {
       std::vector<int64_t> starts(sorted.size() + 1, 0);
       for (size_t f = 0; f < sorted.size(); ++f) starts[f + 1] = starts[f] + sorted[f].num_unique;
@@ -412,11 +477,13 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
       auto* to = values->mutable_data_ptr<weight_t>();
       parallel_for(0, call.at.num_tables, 1, [&](int64_t first, int64_t last) {
         for (int64_t f = first; f < last; ++f) {
-          reduce_table<weight_t, Map>(call, g, f, sorted[f], error, [&](int64_t u, int64_t slot, const auto* sum) {
-            const int64_t row = starts[f] + u;
-            to_slots[row] = slot;
-            for (int64_t z = 0; z < call.width; ++z) to[row * call.width + z] = static_cast<weight_t>(sum[z]);
-          });
+          reduce_table<weight_t, Map, kPiece>(call, g, f, sorted[f], error,
+                                              [&](int64_t u, int64_t slot, const auto* sum) {
+                                                const int64_t row = starts[f] + u;
+                                                to_slots[row] = slot;
+                                                for (int64_t z = 0; z < call.width; ++z)
+                                                  to[row * call.width + z] = static_cast<weight_t>(sum[z]);
+                                              });
         }
       });
     });
@@ -442,15 +509,15 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
     auto* to = out.mutable_data_ptr<weight_t>();
     FirstError error;
     parallel_for(0, call.at.num_tables * call.at.batch_size, 512, [&](int64_t first, int64_t last) {
-      OrderedSum<real> sum(1);
+      OrderedSum<real, 1> sum(1, 1);
       for (int64_t bag = first; bag < last; ++bag) {
         const int64_t f = bag / call.at.batch_size, b = bag % call.at.batch_size;
         if (!valid_bag(call, f, b, error)) continue;
         const int64_t begin = call.at.begin(f, b), end = call.at.end(f, b);
-        const real divisor = call.pooling == kMean && end - begin > 1 ? static_cast<real>(end - begin) : real(1);
+        const real divisor = call.at.divisor<real>(f, b, call.pooling);
         for (int64_t n = begin; n < end; ++n) {
           const int64_t id = call.at.id(n);
-          if (!valid_id<Map>(call, f, n, id, error)) continue;
+          if (!valid_id<Map>(call, f, b, n, id, error)) continue;
           const auto row = row_of<weight_t, Map>(call, slab, f, id);
           const weight_t* g = grads + (b * call.at.num_tables + f) * call.dim;
           sum.clear();
@@ -463,6 +530,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
       }
     });
     error.raise(call);
+    check_cover(call);
   });
   return out;
 }

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!valid_bag(at, f, b, bad)) continue;
     const Table table = at.tables[f];
     const int64_t begin = at.begin(f, b), end = at.end(f, b);
-    const real divisor = shape.pooling == kMean && end - begin > 1 ? static_cast<real>(end - begin) : real(1);
+    const real divisor = at.divisor<real>(f, b, shape.pooling);
     for (int64_t d = lane_index(shape) * kVector; d < shape.dim; d += shape.lanes * kVector) {
       OrderedSum<real, kVector> sum;
       real best[kVector], v[kVector];
@@ -216,8 +216,7 @@ __device__ void contribution(const Ids& at, const Shape& shape, const weight_t* 
     const real w = sample_weight<weight_t, real>(sample_weights, n);
     for (int i = 0; i < kVector; ++i) to[i] *= w;
   }
-  const int64_t count = at.end(f, b) - at.begin(f, b);
-  const real divisor = shape.pooling == kMean && count > 1 ? static_cast<real>(count) : real(1);
+  const real divisor = at.divisor<real>(f, b, shape.pooling);
   for (int i = 0; i < kVector; ++i) to[i] /= divisor;
 }
 
@@ -377,7 +376,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!valid_bag(at, f, b, bad)) continue;
     const Table table = at.tables[f];
     const int64_t begin = at.begin(f, b), end = at.end(f, b);
-    const real divisor = shape.pooling == kMean && end - begin > 1 ? static_cast<real>(end - begin) : real(1);
+    const real divisor = at.divisor<real>(f, b, shape.pooling);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t id = at.id(n);
       if (!valid_id<Map>(at, f, n, id, bad)) continue;

@@ -20,6 +20,8 @@ namespace embeddings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr char kSeparator = '\x1f';  // ASCII's unit separator: no name holds it
+
 enum Pooling : int64_t { kSum = 0, kMean = 1, kMax = 2 };
 
 template <typename... Words>
@@ -59,20 +61,26 @@ struct Ids {
     const int64_t bag = tables[table].position * batch_size + b;
     return offsets ? offsets[bag + 1] : bag + 1;
   }
+  // What the sum over a bag is divided by: its number of ids under mean pooling (of an empty bag: 1), else 1.
+  template <typename real>
+  HOST_DEVICE real divisor(int64_t table, int64_t b, int64_t pooling) const {
+    const int64_t count = pooling == kMean ? end(table, b) - begin(table, b) : 1;
+    return count > 1 ? static_cast<real>(count) : real(1);
+  }
 };
 
 // One call: tensors made contiguous (and kept alive), sizes, and the pointers above.
 struct Call {
   Tensor weights, ids, tables;
   std::optional<Tensor> offsets, sample_weights;
-  int64_t num_slots, width, dim, chunks, pooling;
+  int64_t num_bags, num_slots, width, dim, chunks, pooling;  // num_bags: of all the batch's features
   Ids at;
-  std::string features;  // comma-separated names, for errors
+  std::string features;  // names, for errors, with kSeparator between them
 
   std::string feature(int64_t table) const {
     std::istringstream names(features);
     std::string name;
-    for (int64_t i = 0; i <= table && std::getline(names, name, ','); ++i) {
+    for (int64_t i = 0; i <= table && std::getline(names, name, kSeparator); ++i) {
     }
     return name;
   }
@@ -90,6 +98,7 @@ inline void require(bool condition, const char* what) {
   if (!condition) fail(what);
 }
 
+// Checks everything that can be told without looking at ids; embeddings/reference.py checks the same in the same order.
 inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optional<Tensor>& offsets,
                       const std::optional<Tensor>& sample_weights, const Tensor& tables, int64_t batch_size,
                       int64_t dim, int64_t pooling, const std::string& features) {
@@ -99,13 +108,14 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
           "tables must be int64 [F, 5]");
   require(ids.dim() == 1, "ids must be 1-D");
   require(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int, "ids must be int32 or int64");
-  require(batch_size >= 0, "batch_size must not be negative");
   require(pooling == kSum || pooling == kMean || pooling == kMax, "pooling must be 0 (sum), 1 (mean) or 2 (max)");
   if (offsets) {
-    require(offsets->dim() == 1 && offsets->scalar_type() == ScalarType::Long, "offsets must be 1-D int64");
-    require(batch_size == 0 || offsets->numel() % batch_size == 1 || batch_size == 1,
-            "offsets must have one entry more than the batch has bags");
+    require(offsets->dim() == 1 && offsets->scalar_type() == ScalarType::Long && offsets->numel() > 0,
+            "offsets must be 1-D int64, one more than there are bags");
   }
+  const int64_t num_bags = offsets ? offsets->numel() - 1 : ids.numel();
+  require(batch_size >= 0 && (batch_size == 0 ? num_bags == 0 : num_bags % batch_size == 0),
+          "the number of bags must be a multiple of batch_size");
   if (sample_weights) {
     require(pooling != kMax, "per_sample_weights: pooling must be sum or mean, not max");
     require(sample_weights->dim() == 1 && sample_weights->numel() == ids.numel() &&
@@ -118,6 +128,7 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
   call.tables = torch::stable::contiguous(tables);
   if (offsets) call.offsets = torch::stable::contiguous(*offsets);
   if (sample_weights) call.sample_weights = torch::stable::contiguous(*sample_weights);
+  call.num_bags = num_bags;
   call.num_slots = weights.size(0);
   call.width = weights.size(1);
   call.dim = dim;

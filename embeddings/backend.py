@@ -10,6 +10,7 @@ Features whose backends compare equal share one slab and one launch. A subclass 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embeddings.index_map import MAPS
 from embeddings.ops import Accumulate, IndexMap
 
 TABLE_BYTES = 5 * 8  # a feature's row in the slab's table of slices and seeds: kept, so counted
@@ -43,8 +44,6 @@ class Backend:
     @property
     def ranged(self) -> bool:
         """True if ids have an upper limit, so that unseen ones need an out-of-vocabulary row."""
-        from embeddings.reference import MAPS
-
         return MAPS[self.index_map].ranged
 
     @property
@@ -66,26 +65,31 @@ class Backend:
 def spread(backend: Backend, rows: dict[str, int], smallest: int = 1) -> dict[str, int]:
     """Slots for each feature so that bytes over all of them are backend.compression of their dense bytes, within 1%.
 
-    Each feature gets its share, rounded so that the total is right (largest remainder). Raises ValueError naming the
-    smallest and the nearest ratio within reach, if features would fall below `smallest` slots or slots are too coarse.
+    Each feature gets its own share, rounded, whatever the others are; only if that misses the total, because features
+    too small for their share got `smallest` slots, the others give way. Raises ValueError naming the smallest ratio
+    within reach, or the nearest one if slots are too coarse.
     """
-    dense = {feature: backend.dense_bytes(n) for feature, n in rows.items()}
-    slot_bytes = backend.width * NUMBER_BYTES
-    wanted = {f: (backend.compression * size - TABLE_BYTES) / slot_bytes for f, size in dense.items()}
-    floors = {f: max(smallest, int(share)) for f, share in wanted.items()}
-    left = round(sum(wanted.values())) - sum(floors.values())
-    by_remainder = sorted(wanted, key=lambda f: floors[f] - wanted[f])  # stable: ties keep the features' order
-    for feature in by_remainder[: max(0, left)]:
-        floors[feature] += 1
+    total = sum(map(backend.dense_bytes, rows.values()))
 
-    total = sum(dense.values())
-    reached = sum(map(backend.feature_bytes, floors.values())) / total
-    if abs(reached / backend.compression - 1) > 0.01:
-        least = len(rows) * backend.feature_bytes(smallest) / total
-        names = ", ".join(rows) if len(rows) <= 5 else f"{', '.join(list(rows)[:5])}, ..."
-        raise ValueError(
-            f"compression={backend.compression:g}: embedding={backend.name} cannot reach it for {names}; "
-            f"the smallest it can is {least:.4g}, the nearest {reached:.4g} "
-            f"(slots of {backend.width} numbers; a larger dense_below keeps small features out)"
-        )
-    return floors
+    def share(factor: float) -> dict[str, int]:
+        wanted = {
+            f: (factor * backend.dense_bytes(n) - TABLE_BYTES) / backend.width / NUMBER_BYTES for f, n in rows.items()
+        }
+        return {f: max(smallest, round(number)) for f, number in wanted.items()}
+
+    def reached(slots: dict[str, int]) -> float:
+        return sum(map(backend.feature_bytes, slots.values())) / total
+
+    slots, low, high = share(backend.compression), 0.0, 1.0
+    for _ in range(60):  # bisection to the last bit of the factor, if the plain share is off
+        if abs(reached(slots) / backend.compression - 1) <= 0.01:
+            return slots
+        middle = (low + high) / 2
+        slots = share(middle)
+        low, high = (middle, high) if reached(slots) < backend.compression else (low, middle)
+    names = ", ".join(list(rows)[:5]) + (", ..." if len(rows) > 5 else "")
+    raise ValueError(
+        f"compression={backend.compression:g}: embedding={backend.name} cannot reach it for {names}; "
+        f"the smallest it can is {reached(share(0)):.4g}, the nearest {reached(slots):.4g} "
+        f"(slots of {backend.width} numbers; a larger dense_below keeps small features out)"
+    )

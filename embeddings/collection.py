@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.backend import Backend
+from embeddings.index_map import POSITION
 from embeddings.ops import Pooling
 from embeddings.slab import Slab
 
@@ -20,6 +21,11 @@ class EmbeddingBags(nn.Module):
         super().__init__()
         if list(backends) != list(rows):
             raise ValueError(f"backends name {list(backends)}, rows name {list(rows)}")
+        if not rows:
+            raise ValueError("an embedding needs at least one feature")
+        for feature, n in rows.items():
+            if n < 1:
+                raise ValueError(f"feature {feature!r} has {n} rows: num_embeddings must be at least 1")
         dims = {backend.embedding_dim for backend in backends.values()}
         if len(dims) != 1:
             raise ValueError(f"features must share one embedding_dim, not {sorted(dims)}")
@@ -42,10 +48,10 @@ class EmbeddingBags(nn.Module):
             )
             for backend, features in members.items()
         )
-        by_slab = torch.cat([slab.tables[:, 0] for slab in self.slabs])
+        by_slab = torch.cat([slab.tables[:, POSITION] for slab in self.slabs])
         in_order = by_slab.equal(torch.arange(self.num_features))
         # feature f of the batch is row _where[f] of the slabs' concatenated outputs
-        self.register_buffer("_where", None if in_order else by_slab.argsort(), persistent=False)
+        self.register_buffer("_where", None if in_order else by_slab.argsort())
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pooled vectors [B, F, D], in the features' order.
@@ -58,6 +64,8 @@ class EmbeddingBags(nn.Module):
         if num_bags < 0 or num_bags % self.num_features:
             raise ValueError(f"{num_bags} bags are not a multiple of {self.num_features} features")
         if offsets is not None:
+            if offsets.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"offsets are {offsets.dtype}: they must be int32 or int64")
             offsets = offsets.long()
         batch_size = num_bags // self.num_features
         parts = [slab(ids, offsets, per_sample_weights, batch_size) for slab in self.slabs]
@@ -78,8 +86,9 @@ class EmbeddingBags(nn.Module):
 
     def feature_table(self) -> list[dict]:
         """One row per feature, in the batch's order; keys as in `Slab.feature_table`."""
-        table = {row["feature"]: row for slab in self.slabs for row in slab.feature_table()}
-        order = sorted(
-            (position, f) for s in self.slabs for position, f in zip(s.tables[:, 0].tolist(), s.rows, strict=True)
-        )
-        return [table[feature] for _, feature in order]
+        extra = 0 if self._where is None else self._where.element_size()  # a feature's place in the slabs' outputs
+        table = {}
+        for slab in self.slabs:
+            for position, row in zip(slab.tables[:, POSITION].tolist(), slab.feature_table(extra), strict=True):
+                table[position] = row
+        return [table[position] for position in range(self.num_features)]

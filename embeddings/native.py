@@ -9,9 +9,11 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,8 +83,8 @@ def build() -> Path:
         if not library.exists():
             print(f"kernels: compiling csrc once into {folder} ...", file=sys.stderr, flush=True)
             # built beside, then renamed: a killed build is never mistaken for a finished one
-            _run_ninja(folder, "embeddings.part.so", cuda)
-            os.replace(folder / "embeddings.part.so", library)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                os.replace(_run_ninja(Path(scratch), cuda), library)
     return library
 
 
@@ -97,7 +99,7 @@ def _key(cuda: bool) -> str:
     for source in sorted(CSRC.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
     digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{torch.__version__}{torch.version.cuda}{cuda}{platform.machine()}".encode())
-    digest.update(_output_of([_compiler(), "-dumpfullversion"]) + _processor())
+    digest.update(_output_of([*shlex.split(_compiler()), "-dumpfullversion"]) + _processor())
     return f"torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
 
 
@@ -129,7 +131,7 @@ def _nvcc(architectures: list[str]) -> str:
     return f"nvcc {CUDA_FLAGS} {devices} {DEFINES} -DUSE_CUDA -isystem {_torch_root()}/include"
 
 
-def _ninja_file(output: str, cuda: bool) -> str:
+def _ninja_file(cuda: bool) -> str:
     """The build: bag.cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
     root = _torch_root()
     libraries = f"-L{root}/lib -Wl,-rpath,{root}/lib -ltorch_cpu -ltorch -lc10"
@@ -146,8 +148,7 @@ def _ninja_file(output: str, cuda: bool) -> str:
         libraries += f" -ltorch_cuda -lc10_cuda -L{Path(shutil.which('nvcc')).resolve().parent.parent}/lib64 -lcudart"
     lines += [
         f"rule link\n  command = {_compiler()} -shared $in -o $out {libraries}",
-        f"build {output}: link {objects}",
-        f"default {output}",
+        f"build embeddings.so: link {objects}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -169,8 +170,8 @@ def compile_cuda() -> int:
     return status
 
 
-def _run_ninja(folder: Path, output: str, cuda: bool) -> None:
-    (folder / "build.ninja").write_text(_ninja_file(output, cuda))
+def _run_ninja(folder: Path, cuda: bool) -> Path:
+    (folder / "build.ninja").write_text(_ninja_file(cuda))
     ninja = Path(sys.executable).parent / "ninja"
     command = [str(ninja) if ninja.exists() else "ninja", "-C", str(folder)]
     try:
@@ -179,6 +180,7 @@ def _run_ninja(folder: Path, output: str, cuda: bool) -> None:
         raise RuntimeError("ninja is not installed: pip install ninja, or use native=off") from error
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
+    return folder / "embeddings.so"
 
 
 @contextlib.contextmanager
@@ -190,5 +192,6 @@ def _lock(path: Path):
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if "error" in line] or str(error).splitlines() or [repr(error)]
-    return lines[0].strip()
+    """The line that says what is wrong: the compiler's first error, or else the last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return next((line for line in lines if "error:" in line), lines[-1])

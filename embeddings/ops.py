@@ -11,7 +11,8 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     offsets            int64 [features * B + 1], or None when every bag has one id
     per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
     tables [F, 5]      int64, one row per feature of the slab; columns in `embeddings.slab`
-    index_map, pooling, accumulate: the numbers below;  features: the names, comma-separated, for errors
+    index_map, pooling, accumulate: the numbers below;  features: the names, for errors,
+    with reference.SEPARATOR between them
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
 """
 

@@ -16,8 +16,8 @@ class _Rows(Optimizer):
 
     def __init__(self, params: Iterable[Tensor], **options: float) -> None:
         for name, value in options.items():
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must not be negative")
+            if not value >= 0 or (name == "eps" and value == 0):
+                raise ValueError(f"{name}={value} must {'be above 0' if name == 'eps' else 'not be negative'}")
         super().__init__(params, options)
 
     @torch.no_grad()

@@ -1,66 +1,72 @@
 """The operators in plain torch: what csrc's kernels must equal, bit for bit, and what runs where they are not built.
 
-The index maps are twins of the structs in csrc/index_map.h, in int64, whose sums and products wrap as unsigned ones.
 Sums follow the one order of csrc: runs of RUN contributions, left to right, then the runs. Arguments: `embeddings.ops`.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from embeddings.index_map import MAPS, NUM_EMBEDDINGS, POSITION
+
 RUN = 64  # kRun in csrc/index_map.h
-POSITION, FIRST_SLOT, NUM_SLOTS, NUM_EMBEDDINGS, SEED = range(5)
+SEPARATOR = "\x1f"  # between names, kSeparator in csrc/bag.h
 SUM, MEAN, MAX = range(3)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# --- index maps ----------------------------------------------------------------------------------------------------
-
-
-def _signed(bits: int) -> int:
-    return bits - (1 << 64) if bits >> 63 else bits
+# --- what is refused: as make_call and check_tables in csrc ----------------------------------------------------------
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """x >> bits of the unsigned number (torch's shift copies the sign)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(what)
 
 
-def splitmix64(seed: Tensor, i: Tensor) -> Tensor:
-    """Number i of the SplitMix64 stream that starts at seed (Steele, Lea, Flood, OOPSLA 2014), as int64 bits."""
-    z = seed + (i + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift_right(z, 31)
+def _check(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, index_map, pooling, features) -> None:
+    """Everything that can be told without looking at ids."""
+    width = weights.shape[1] if weights.dim() == 2 else 0
+    _require(
+        width > 0 and dim > 0 and dim % width == 0, "weights must be [num_slots, width] with dim a multiple of width"
+    )
+    _require(tables.dim() == 2 and tables.shape[1] == 5 and tables.dtype == torch.int64, "tables must be int64 [F, 5]")
+    _require(ids.dim() == 1, "ids must be 1-D")
+    _require(ids.dtype in (torch.int32, torch.int64), "ids must be int32 or int64")
+    _require(pooling in (SUM, MEAN, MAX), "pooling must be 0 (sum), 1 (mean) or 2 (max)")
+    if offsets is not None:
+        right = offsets.dim() == 1 and offsets.dtype == torch.int64 and offsets.numel() > 0
+        _require(right, "offsets must be 1-D int64, one more than there are bags")
+    num_bags = ids.numel() if offsets is None else offsets.numel() - 1
+    whole = batch_size >= 0 and (num_bags % batch_size == 0 if batch_size else num_bags == 0)
+    _require(whole, "the number of bags must be a multiple of batch_size")
+    if per_sample_weights is not None:
+        _require(pooling != MAX, "per_sample_weights: pooling must be sum or mean, not max")
+        fits = per_sample_weights.shape == ids.shape and per_sample_weights.dtype == weights.dtype
+        _require(fits, "per_sample_weights must be [N], of the weights' dtype")
+    _require(weights.dtype in DTYPES, "weights must be float32, float64, float16 or bfloat16")
+    _require(0 <= index_map < len(MAPS), "unknown index_map")
+    _check_tables(tables, num_bags, batch_size, weights.shape[0], MAPS[index_map].ranged, features)
 
 
-def reduce_range(hashes: Tensor, n: Tensor) -> Tensor:
-    """High 64 bits of the unsigned product hash * n: uniform in [0, n) (Lemire, ACM TOMACS 2019). n < 2^63."""
-    low = (1 << 32) - 1
-    a, b = _shift_right(hashes, 32), hashes & low
-    c, d = n >> 32, n & low
-    middle = _shift_right(b * d, 32) + ((a * d) & low) + ((b * c) & low)
-    return a * c + _shift_right(a * d, 32) + _shift_right(b * c, 32) + _shift_right(middle, 32)
+def _check_tables(tables, num_bags: int, batch_size: int, total: int, ranged: bool, features: str) -> None:
+    end = 0
+    for f, (position, first, num_slots, num_embeddings, _) in enumerate(tables.tolist()):
+        name = features.split(SEPARATOR)[f]
+        if position < 0 or (num_bags > 0 and position >= num_bags // batch_size):
+            raise RuntimeError(f"the batch has no bags for feature {name} at position {position}")
+        needed = max(num_embeddings if ranged else 1, 1)
+        if first < end or num_slots < needed or num_slots > total or first > total - num_slots:
+            raise RuntimeError(
+                f"feature {name}: slots [{first}, +{num_slots}) do not fit its {num_embeddings} ids, "
+                f"the slots before and a slab of {total} slots"
+            )
+        end = first + num_slots
 
 
-def _dense_slots(ids: Tensor, tables: Tensor, chunks: Tensor) -> Tensor:
-    return (tables[:, FIRST_SLOT] + ids)[:, None].expand(-1, chunks.numel())
+def _check_grad(grad: Tensor, weights: Tensor, tables: Tensor) -> None:
+    right = grad.dim() == 3 and grad.shape[1] == tables.shape[0] and grad.dtype == weights.dtype
+    _require(right, "grad must be [B, F, D], of the weights' dtype")
 
-
-def _hashed_slots(ids: Tensor, tables: Tensor, chunks: Tensor) -> Tensor:
-    key = splitmix64(tables[:, SEED], ids)
-    hashes = splitmix64(key[:, None], chunks)
-    return tables[:, FIRST_SLOT, None] + reduce_range(hashes, tables[:, NUM_SLOTS, None])
-
-
-class Map(NamedTuple):
-    """slots(ids [M], tables [M, 5], chunks [C]) -> [M, C]; ranged: ids have an upper limit."""
-
-    slots: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ranged: bool
-
-
-MAPS = (Map(_dense_slots, True), Map(_hashed_slots, False))  # in the order of embeddings.ops.IndexMap
 
 # --- one batch, unrolled -------------------------------------------------------------------------------------------
 
@@ -75,47 +81,41 @@ class Unrolled(NamedTuple):
 
 
 def unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features) -> Unrolled:
-    """Check the batch and find every id's slots. Raises RuntimeError naming feature, position, id and limit."""
-    names, num_tables = features.split(","), tables.shape[0]
+    """Find every id's slots. Raises RuntimeError for the first bad bag or id (by feature, sample, position)."""
+    names, index = features.split(SEPARATOR), MAPS[index_map]
     bags = (tables[:, POSITION, None] * batch_size + torch.arange(batch_size, device=ids.device)).flatten()
-    num_bags = ids.numel() if offsets is None else offsets.numel() - 1
-    if bags.numel() and int(bags.max()) >= num_bags:
-        f = int(bags.argmax()) // batch_size
-        raise RuntimeError(f"the batch has no bags for feature {names[f]} at position {int(tables[f, POSITION])}")
     begins = bags if offsets is None else offsets[bags]
     ends = bags + 1 if offsets is None else offsets[bags + 1]
-    counts = ends - begins
-    _check_offsets(begins, ends, ids.numel(), batch_size, names)
-    bag_of = torch.arange(num_tables * batch_size, device=ids.device).repeat_interleave(counts)  # [M]
-    starts = counts.cumsum(0) - counts
-    where = begins[bag_of] + torch.arange(bag_of.numel(), device=ids.device) - starts[bag_of]
-    wanted = ids[where].long()
-    rows = tables[bag_of // max(batch_size, 1)]  # [M, 5]
-    index = MAPS[index_map]
+    bad_bags = ((begins < 0) | (begins > ends) | (ends > ids.numel())).nonzero()[:1, 0]
+    last = int(bad_bags) if bad_bags.numel() else bags.numel()  # bags before the first bad one may still hold a bad id
+
+    counts = torch.where(torch.arange(bags.numel(), device=ids.device) < last, ends - begins, 0)
+    bag_of = torch.arange(bags.numel(), device=ids.device).repeat_interleave(counts)  # [M]
+    where = begins[bag_of] + torch.arange(bag_of.numel(), device=ids.device) - (counts.cumsum(0) - counts)[bag_of]
+    wanted, table = ids[where].long(), bag_of // max(batch_size, 1)
     if index.ranged:
-        _check_ids(wanted, rows, where, bag_of // max(batch_size, 1), names)
-    chunks = torch.arange(dim // weights.shape[1], device=ids.device)
-    return Unrolled(where, bag_of, counts, index.slots(wanted, rows, chunks))
-
-
-def _check_offsets(begins: Tensor, ends: Tensor, num_ids: int, batch_size: int, names: list[str]) -> None:
-    bad = ((begins < 0) | (begins > ends) | (ends > num_ids)).nonzero()
-    if bad.numel():
-        bag = int(bad[0])
+        _check_ids(wanted, tables[table, NUM_EMBEDDINGS], where, table, names)
+    if bad_bags.numel():
         raise RuntimeError(
-            f"offsets must not descend or leave the ids: feature {names[bag // batch_size]}, "
-            f"sample {bag % batch_size}, bag [{int(begins[bag])}, {int(ends[bag])}) of {num_ids} ids"
+            f"offsets must not descend or leave the ids: feature {names[last // batch_size]}, "
+            f"sample {last % batch_size}, bag [{int(begins[last])}, {int(ends[last])}) of {ids.numel()} ids"
         )
+    if offsets is not None and (offsets[0] != 0 or offsets[-1] != ids.numel()):
+        raise RuntimeError(
+            f"offsets must begin with 0 and end with the number of ids, {ids.numel()}, "
+            f"not {int(offsets[0])} and {int(offsets[-1])}"
+        )
+    chunks = torch.arange(dim // weights.shape[1], device=ids.device)
+    return Unrolled(where, bag_of, counts, index.slots(wanted, tables[table], chunks))
 
 
-def _check_ids(ids: Tensor, rows: Tensor, where: Tensor, table: Tensor, names: list[str]) -> None:
-    bad = ((ids < 0) | (ids >= rows[:, NUM_EMBEDDINGS])).nonzero()
+def _check_ids(ids: Tensor, limits: Tensor, where: Tensor, table: Tensor, names: list[str]) -> None:
+    bad = ((ids < 0) | (ids >= limits)).nonzero()
     if bad.numel():
         i = int(bad[0])
-        limit = int(rows[i, NUM_EMBEDDINGS])
         raise RuntimeError(
             f"id out of range: feature {names[int(table[i])]}, position {int(where[i])} of the batch's ids, "
-            f"id {int(ids[i])}, limit {limit} (valid ids are 0..{limit - 1})"
+            f"id {int(ids[i])}, limit {int(limits[i])} (valid ids are 0..{int(limits[i]) - 1})"
         )
 
 
@@ -149,20 +149,6 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(weights, ids, offsets, per_sample_weights, dim, pooling) -> None:
-    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise RuntimeError("ids must be int32 or int64" if ids.dim() == 1 else "ids must be 1-D")
-    if offsets is not None and (offsets.dim() != 1 or offsets.dtype != torch.int64):
-        raise RuntimeError("offsets must be 1-D int64")
-    if weights.dim() != 2 or dim % weights.shape[1]:
-        raise RuntimeError("weights must be [num_slots, width] with dim a multiple of width")
-    if per_sample_weights is not None:
-        if pooling == MAX:
-            raise RuntimeError("per_sample_weights: pooling must be sum or mean, not max")
-        if per_sample_weights.shape != ids.shape or per_sample_weights.dtype != weights.dtype:
-            raise RuntimeError("per_sample_weights must be [N], of the weights' dtype")
-
-
 def _vectors(weights: Tensor, slots: Tensor, dim: int) -> Tensor:
     return weights[slots].reshape(-1, dim).to(_accumulator(weights.dtype))  # [M, D]
 
@@ -179,7 +165,7 @@ def _argmax(vectors: Tensor, bags: Tensor, num_bags: int) -> Tensor:
 
 def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, index_map, pooling, accumulate, features):
     """Pooled vectors [B, F, D]; an empty bag is zero."""
-    _check(weights, ids, offsets, per_sample_weights, dim, pooling)
+    _check(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, index_map, pooling, features)
     batch = unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features)
     vectors = _vectors(weights, batch.slots, dim)
     if pooling == MAX:
@@ -196,8 +182,9 @@ def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, inde
 
 def _touched(grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling, features):
     """The touched slots in ascending order [U] and their gradients [U, Z] in the accumulator's type."""
+    _check_grad(grad, weights, tables)
     batch_size, num_tables, dim = grad.shape
-    _check(weights, ids, offsets, per_sample_weights, dim, pooling)
+    _check(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, index_map, pooling, features)
     batch = unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features)
     bag_grads = grad.transpose(0, 1).reshape(num_tables * batch_size, dim).to(_accumulator(weights.dtype))
     grads = bag_grads[batch.bags]  # [M, D]
@@ -230,7 +217,9 @@ def bag_backward_rows(grad, weights, ids, offsets, per_sample_weights, tables, i
 
 def bag_backward_sample_weights(grad, weights, ids, offsets, tables, index_map, pooling, features):
     """Gradient of the per-sample weights [N]; zero for ids of other slabs."""
+    _check_grad(grad, weights, tables)
     batch_size, num_tables, dim = grad.shape
+    _check(weights, ids, offsets, None, tables, batch_size, dim, index_map, pooling, features)
     batch = unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features)
     bag_grads = grad.transpose(0, 1).reshape(num_tables * batch_size, dim).to(_accumulator(weights.dtype))
     products = _vectors(weights, batch.slots, dim) * bag_grads[batch.bags]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from embeddings import native
 from embeddings.backend import Backend
+from embeddings.index_map import NUM_SLOTS
 from embeddings.ops import Accumulate, Pooling
-from embeddings.reference import NUM_SLOTS
+from embeddings.reference import SEPARATOR
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -34,7 +35,7 @@ class Slab(nn.Module):
             first += slots[feature]
         self.register_buffer("tables", torch.tensor(table, dtype=torch.int64))
         self.weight = nn.Parameter(torch.empty(first, backend.width))
-        self._features = ",".join(rows)
+        self._features = SEPARATOR.join(rows)
         self._accumulate = Accumulate[backend.accumulate.upper()]
         self.reset_parameters(seed)
 
@@ -65,11 +66,13 @@ class Slab(nn.Module):
             self._features,
         )
 
-    def feature_table(self) -> list[dict]:
-        """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, compression."""
+    def feature_table(self, extra_bytes: int) -> list[dict]:
+        """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, compression.
+
+        extra_bytes: what the collection keeps for each feature beside the slab."""
         rows = []
         for (feature, n), num_slots in zip(self.rows.items(), self.tables[:, NUM_SLOTS].tolist(), strict=True):
-            size = self.backend.feature_bytes(num_slots)
+            size = self.backend.feature_bytes(num_slots) + extra_bytes
             rows.append(
                 {
                     "feature": feature,

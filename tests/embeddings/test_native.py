@@ -1,0 +1,167 @@
+"""Building the kernels: once, whoever asks; never at import; and a compiler that fails is told of in its own words."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(os.environ.get("EMBEDDINGS_NATIVE") == "off", reason="EMBEDDINGS_NATIVE=off")
+
+LOAD = """
+import torch
+from embeddings import native, ops
+loaded = native.load({mode!r})
+args = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, torch.tensor([[0, 0, 4, 4, 1]]), 2, 2, 0, 0, 0, "C1")
+print(loaded, torch.ops.embeddings.bag(*args).sum().item())
+"""
+
+
+def start(code: str, cache: Path, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
+    env.pop("EMBEDDINGS_NATIVE", None)
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+def load(mode: str, cache: Path, **environment: str) -> tuple[int, str, str]:
+    return finish(start(LOAD.format(mode=mode), cache, **environment))
+
+
+def compiler(folder: Path, script: str) -> str:
+    """A compiler that is this shell script."""
+    path = folder / "fake-c++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+PLANTED = """case "$*" in *-dump*) echo 1.2.3; exit 0;; esac
+echo "bag.cpp:1:1: error: the planted words" >&2
+exit 1"""
+
+
+def libraries(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.so"))
+
+
+@pytest.mark.slow
+def test_two_processes_building_at_once_both_get_the_one_library(tmp_path):
+    both = [start(LOAD.format(mode="require"), tmp_path) for _ in range(2)]
+    results = [finish(process) for process in both]
+    assert [(status, out) for status, out, _ in results] == [(0, "True 4.0\n")] * 2, results
+    assert len(libraries(tmp_path)) == 1
+    assert sum("kernels: compiling" in err for *_, err in results) == 1
+    stamp = libraries(tmp_path)[0].stat().st_mtime_ns
+    status, out, err = load("require", tmp_path)  # and a third finds it, silently
+    assert (status, out, err) == (0, "True 4.0\n", "")
+    assert libraries(tmp_path)[0].stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_a_killed_build_is_not_mistaken_for_a_finished_one(tmp_path):
+    slow = compiler(tmp_path, 'case "$*" in *-dump*) exec c++ "$@";; esac\nexec sleep 60')
+    first = start(LOAD.format(mode="require"), tmp_path, CXX=slow)
+    while "compiling" not in first.stderr.readline():
+        assert first.poll() is None
+    (folder,) = (path.parent for path in tmp_path.rglob("lock"))
+    os.killpg(first.pid, signal.SIGKILL)  # with its ninja and its compiler
+    first.communicate()
+    for name in ("bag.o", "embeddings.part.so"):  # what a compiler or linker leaves when it is cut off
+        (folder / name).write_bytes(b"\x7fELF, half")
+    assert not (folder / "embeddings.so").exists()
+    fast = compiler(tmp_path, 'exec c++ "$@"')  # the same command, so the same key
+    status, out, err = load("require", tmp_path, CXX=fast)
+    assert (status, out) == (0, "True 4.0\n"), err
+    assert "compiling" in err
+
+
+def test_auto_with_a_broken_compiler_says_why_in_one_line_and_works(tmp_path):
+    status, out, err = load("auto", tmp_path, CXX=compiler(tmp_path, PLANTED))
+    assert (status, out) == (0, "False 4.0\n"), err
+    (line,) = (line for line in err.splitlines() if not line.startswith("kernels: compiling"))
+    assert line.startswith("kernels: reference") and "the planted words" in line and len(line) < 300
+    assert not libraries(tmp_path)
+
+
+def test_auto_with_bin_false_for_a_compiler_says_so_and_works(tmp_path):
+    status, out, err = load("auto", tmp_path, CXX="/bin/false")
+    assert (status, out) == (0, "False 4.0\n"), err
+    assert len([line for line in err.splitlines() if line.startswith("kernels: reference")]) == 1
+    assert len(err.splitlines()) <= 2 and max(map(len, err.splitlines())) < 300
+
+
+def test_require_with_a_broken_compiler_raises_with_its_words(tmp_path):
+    status, out, err = load("require", tmp_path, CXX=compiler(tmp_path, PLANTED))
+    assert status == 1 and out == ""
+    assert "RuntimeError: native=require" in err and "bag.cpp:1:1: error: the planted words" in err
+
+
+def test_a_missing_compiler_is_named_with_what_to_do(tmp_path):
+    status, _, err = load("require", tmp_path, CXX="no-such-c++")
+    assert status == 1 and "no-such-c++" in err and "install" in err
+
+
+def test_a_compiler_with_arguments_is_understood(tmp_path):
+    status, _, err = load("require", tmp_path, CXX=f"env {compiler(tmp_path, PLANTED)}")  # as in CXX="ccache g++"
+    assert status == 1 and "the planted words" in err
+
+
+def test_a_cache_that_cannot_be_written_is_no_end_of_the_run(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    status, out, err = load("auto", tmp_path / "file")
+    assert (status, out) == (0, "False 4.0\n"), err
+    assert "kernels: reference" in err
+
+
+def test_off_builds_nothing(tmp_path):
+    status, out, err = load("off", tmp_path, CXX=compiler(tmp_path, PLANTED))
+    assert (status, out, err) == (0, "False 4.0\n", "")
+    assert not list((tmp_path).rglob("*.ninja"))
+
+
+def test_an_unknown_mode_is_refused_with_those_known(tmp_path):
+    status, _, err = load("of", tmp_path)
+    assert status == 1 and "ValueError: native='of' is not one of auto, require, off" in err
+
+
+def test_require_after_off_and_off_after_require_are_refused():
+    code = "from embeddings import native\nnative.load({!r})\nnative.load({!r})"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    status, _, err = finish(start(code.format("off", "require"), cache))
+    assert status == 1 and "RuntimeError: native=require" in err
+    status, _, err = finish(start(code.format("require", "off"), cache))
+    assert status == 1 and "ValueError: native=off" in err
+
+
+def test_importing_embeddings_builds_nothing_and_is_fast(tmp_path):
+    code = "import time, torch\nt = time.perf_counter()\nimport embeddings\nprint(time.perf_counter() - t)"
+    status, out, err = finish(start(code, tmp_path, CXX=compiler(tmp_path, PLANTED)))
+    assert status == 0 and err == ""
+    assert float(out) < 2  # beside torch's own import; 0.05 s on an idle core
+    assert [path.name for path in tmp_path.iterdir()] == ["fake-c++"]
+
+
+def test_a_new_source_is_a_new_library(tmp_path):
+    root = tmp_path / "copy"
+    for folder in ("embeddings", "csrc"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from embeddings import native\nprint(native._key(False))"
+    keys = []
+    for change in ("", "// changed\n"):
+        with open(root / "csrc/index_map.h", "a") as header:
+            header.write(change)
+        keys.append(
+            subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+        )
+    assert keys[0] != keys[1]
