@@ -1,0 +1,195 @@
+"""Checkpoints: safetensors files and a JSON manifest with their SHA-256. No pickle; a large table is never held twice.
+
+A checkpoint is a folder `<run>/checkpoints/step_000001000`, which appears by one rename once it is whole on the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = 1  # of the manifest: raised when an old reader would misread a new checkpoint
+MANIFEST = "manifest.json"
+
+
+def save(folder: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], counters: dict) -> Path:
+    """Writes folder/step_<counters["step"]> and returns it. counters: JSON values; what the training loop goes on from.
+
+    Raises OSError before writing when the disk has not the space.
+    """
+    states = {name: _split(optimizer) for name, optimizer in optimizers.items()}
+    files = {"model": dict(model.state_dict())} | {name: tensors for name, (tensors, _) in states.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_space(folder, sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values()))
+    with _appear(folder / f"step_{counters['step']:09d}") as temporary:
+        manifest = {"format": FORMAT, "counters": counters, "files": {}, "optimizers": {}}
+        for name, tensors in files.items():
+            path = temporary / f"{name}.safetensors"
+            save_file(tensors, path)  # reads the tensors' memory in place: no second copy
+            _sync(path)
+            layout = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
+            manifest["files"][name] = {"sha256": _sha256(path), "bytes": path.stat().st_size, "tensors": layout}
+        for name, optimizer in optimizers.items():
+            manifest["optimizers"][name] = {"kind": type(optimizer).__name__, "scalars": states[name][1]}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        _sync(temporary / MANIFEST)
+    return folder / f"step_{counters['step']:09d}"
+
+
+def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """Restores model and optimizers, tensor by tensor in place, and returns the counters. path: see `find`.
+
+    The optimizers' hyperparameters stay as they are: those belong to the configuration of the run that goes on.
+    Raises ValueError when the checkpoint is damaged or of another model or optimizer, before anything is changed.
+    """
+    path = find(path)
+    manifest = _read_manifest(path)
+    _check_same_run(path, manifest, model, optimizers)
+    for name, entry in manifest["files"].items():
+        file = path / f"{name}.safetensors"
+        if not file.exists() or _sha256(file) != entry["sha256"]:
+            raise ValueError(f"resume={path}: {file.name} is {'damaged' if file.exists() else 'missing'} (SHA-256)")
+    _read_into(path / "model.safetensors", model.state_dict())
+    for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        targets = {}
+        for key, (dtype, shape) in manifest["files"][name]["tensors"].items():
+            state, entry = optimizer.state[parameters[_index(key)]], _entry(key)
+            if entry not in state:  # made by the first step of most optimizers; counts of steps live on the CPU
+                device = parameters[_index(key)].device if shape else "cpu"
+                state[entry] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            targets[key] = state[entry]
+        _check_layout(path, name, manifest["files"][name]["tensors"], targets)
+        _read_into(path / f"{name}.safetensors", targets)
+        for key, value in manifest["optimizers"][name]["scalars"].items():
+            optimizer.state[parameters[_index(key)]][_entry(key)] = value
+    return manifest["counters"]
+
+
+def find(path: Path | str) -> Path:
+    """The newest checkpoint in a run's folder or its checkpoints folder; or path itself, if it is a checkpoint."""
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return path
+    for folder in (path / "checkpoints", path):
+        found = sorted(manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}"))
+        if found:
+            return found[-1]
+    raise ValueError(f"resume={path}: no checkpoint there (looked for checkpoints/step_*/{MANIFEST})")
+
+
+def read_counters(path: Path | str) -> dict:
+    """The counters of the checkpoint that `load` would take, without reading any tensor."""
+    return _read_manifest(find(path))["counters"]
+
+
+def _split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """An optimizer's state as {"<parameter's index>.<entry>": tensor} and the same for what is no tensor."""
+    state = optimizer.state_dict()["state"]
+    flat = {f"{index}.{entry}": value for index, entries in state.items() for entry, value in entries.items()}
+    tensors = {key: value for key, value in flat.items() if torch.is_tensor(value)}
+    return tensors, {key: value for key, value in flat.items() if key not in tensors}
+
+
+def _index(key: str) -> int:
+    return int(key.split(".", 1)[0])
+
+
+def _entry(key: str) -> str:
+    return key.split(".", 1)[1]
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"resume={path}: {MANIFEST} is damaged: {error}") from None
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"resume={path}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
+    return manifest
+
+
+def _check_same_run(path: Path, manifest: dict, model: nn.Module, optimizers: dict) -> None:
+    _check_layout(path, "model", manifest["files"]["model"]["tensors"], model.state_dict())
+    for name, optimizer in optimizers.items():
+        saved, mine = manifest["optimizers"][name]["kind"], type(optimizer).__name__
+        if saved != mine:
+            raise ValueError(f"resume={path}: its {name} is {saved}, this run's is {mine}")
+
+
+def _check_layout(path: Path, name: str, saved: dict[str, list], mine: dict[str, Tensor]) -> None:
+    """Raises ValueError naming the first tensor that the checkpoint and this run do not have alike."""
+    for key in sorted(saved.keys() | mine.keys()):
+        if key not in saved or key not in mine:
+            where = "this run" if key in mine else "the checkpoint"
+            raise ValueError(f"resume={path}: {name} tensor '{key}' exists only in {where}")
+        here = [str(mine[key].dtype).removeprefix("torch."), list(mine[key].shape)]
+        if saved[key] != here:
+            raise ValueError(f"resume={path}: {name} tensor '{key}' is {saved[key]} there and {here} in this run")
+
+
+def _read_into(path: Path, targets: dict[str, Tensor]) -> None:
+    """Fills targets from a safetensors file whose layout was checked: 8 bytes length, JSON header, then raw tensors.
+
+    Plain reads: a memory map would count every page of the file as resident memory beside the table itself.
+    """
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for key, target in targets.items():
+            assert target.is_contiguous(), key
+            host = target.detach() if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+            begin, end = header[key]["data_offsets"]
+            file.seek(8 + length + begin)
+            left = memoryview(host.reshape(-1).view(torch.uint8).numpy()) if end > begin else memoryview(b"")
+            while left:  # one read returns at most 2 GiB
+                left = left[file.readinto(left) :]
+            if host is not target:
+                target.detach().copy_(host)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(f"{folder}: the checkpoint needs {num_bytes:,} bytes, the disk has {free:,} free")
+
+
+@contextmanager
+def _appear(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes path, all or nothing, when the block ends without an error."""
+    for litter in path.parent.glob(".tmp-*"):  # of a run that was killed here
+        shutil.rmtree(litter)
+    temporary, replaced = path.with_name(f".tmp-{path.name}"), path.with_name(f".tmp-old-{path.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,66 @@
+"""A pass over a split: from batches to logits to metrics."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dlrm.metrics import Metrics, exact_auc
+from dlrm.model import DLRM
+from dlrm.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from data.batch import Batch
+
+
+def predict(model: DLRM, batch: "Batch", settings: TrainerSettings) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a batch, both [B] float32 on settings.device, the dense layers in settings.precision."""
+    batch = batch._make(None if field is None else field.to(settings.device, non_blocking=True) for field in batch)
+    is_bf16 = settings.precision == "bf16"
+    with torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16, enabled=is_bf16):
+        return model(batch.dense, batch.ids, batch.offsets), batch.labels
+
+
+class Evaluation:
+    """The metrics of a model on a split, by one pass over it; `check` is called before each batch, and may raise."""
+
+    @torch.no_grad()
+    def __init__(self, model: DLRM, dataset, split: str, *, settings: TrainerSettings, check: Callable, exact: bool):
+        """exact: keeps every score, 5 bytes per sample, for `exact_values`."""
+        num_samples = dataset.num_samples[split] if exact else 0
+        self.metrics = Metrics(settings.device)
+        self.scores = torch.empty(num_samples)
+        self.labels = torch.empty(num_samples, dtype=torch.uint8)
+        num_done = 0
+        was_training = model.training
+        model.eval()
+        for batch in dataset.batches(split, settings.eval_batch_size):
+            check()
+            logits, labels = predict(model, batch, settings)
+            self.metrics.update(logits, labels)
+            if exact:
+                rows = slice(num_done, num_done + len(labels))
+                self.scores[rows], self.labels[rows] = logits, labels
+            num_done += len(labels)
+        model.train(was_training)
+
+    def values(self) -> tuple[dict[str, float], dict[str, str]]:
+        """The streaming metrics, and why those that are NaN are so."""
+        return self.metrics.compute(), dict(self.metrics.reasons)
+
+    def exact_values(self, best_possible_auc: float | None) -> tuple[dict[str, float], dict[str, str]]:
+        """The same with the AUC by ranks instead of bins, and beside the best possible one where that is known."""
+        values, reasons = self.values()
+        del values["auc_bound"]
+        try:
+            values["auc"] = exact_auc(self.scores, self.labels)
+        except ValueError as error:
+            values["auc"], reasons["auc"] = math.nan, str(error)
+        if best_possible_auc is not None:
+            values["best_possible_auc"] = best_possible_auc
+            values["share_of_best_auc"] = (values["auc"] - 0.5) / (best_possible_auc - 0.5)
+            if math.isnan(values["auc"]):
+                reasons["share_of_best_auc"] = reasons["auc"]
+        return values, reasons

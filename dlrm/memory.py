@@ -1,0 +1,50 @@
+"""Memory as numbers: what is counted (tensors) and what is measured (the process's or the GPU's peak)."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+MIB = 1024**2
+
+
+def reset_peak(device: torch.device | str) -> bool:
+    """Restarts the peak at what is in use now; true if that worked.
+
+    On the CPU this writes 5 to Linux's /proc/self/clear_refs; where it cannot, the peak is since the process began.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device | str) -> int:
+    """The most memory in use since `reset_peak`: torch's allocator on a GPU, the whole resident process on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        import resource  # no /proc: the kernel's own maximum, which cannot be reset
+
+        maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return maximum if sys.platform == "darwin" else maximum * 1024
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor in the optimizer's state."""
+    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Megabytes of 1024^2 bytes, three significant digits below 100:  format_bytes(1572864) == '1.50 MiB'."""
+    mib = num_bytes / MIB
+    digits = 2 if mib < 10 else 1 if mib < 100 else 0
+    return f"{mib:,.{digits}f} MiB"

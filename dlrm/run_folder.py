@@ -1,0 +1,38 @@
+"""A folder per run, and what identifies a run: the commit and a hash of its configuration."""
+
+import hashlib
+import json
+import subprocess
+from itertools import count
+from pathlib import Path
+
+
+def make_run_folder(path: str | Path) -> Path:
+    """Creates the folder `path`, or `path-1`, `path-2`, ... if it is taken, and returns it. Parents are made as needed.
+
+    mkdir is exclusive, so any number of runs that start at the same moment get a folder each.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in count():
+        folder = path.with_name(f"{path.name}-{suffix}") if suffix else path
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+def git_commit() -> str | None:
+    """The commit this code is at, `-dirty` if tracked files differ from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def config_hash(config: dict) -> str:
+    """16 hex digits, the same for equal resolved configurations only. config: plain dicts, lists and scalars."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

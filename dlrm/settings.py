@@ -1,0 +1,77 @@
+"""What the trainer can be told, checked when it is told."""
+
+import difflib
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+
+DECAYS = ("constant", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """Keys `trainer.*`, and the root's precision, device and deterministic. Raises ValueError, naming the key.
+
+    The run ends after `epochs` or `max_steps`, whichever is first; either may be None, not both.
+    """
+
+    batch_size: int
+    eval_batch_size: int
+    epochs: int | None
+    max_steps: int | None
+    eval_every: int  # steps between evaluations; 0: only at the end
+    log_every: int  # steps between records of the loss
+    warmup_steps: int  # steps in which the learning rate grows linearly to its value
+    decay: str  # from there on: constant, or linear or cosine down to 0 at the last step
+    save_checkpoint: bool  # at the end of the run
+    precision: str  # of the dense layers: fp32, or bf16 autocast; logits and loss are fp32
+    device: str
+    deterministic: bool
+
+    def __post_init__(self):
+        for name in ("batch_size", "eval_batch_size", "log_every"):
+            _check_integer(name, getattr(self, name), at_least=1)
+        for name in ("eval_every", "warmup_steps"):
+            _check_integer(name, getattr(self, name), at_least=0)
+        for name in ("epochs", "max_steps"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), at_least=1)
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("trainer.epochs and trainer.max_steps are both null: give one, or the run never ends")
+        _check_choice("trainer.decay", self.decay, DECAYS)
+        _check_choice("precision", self.precision, PRECISIONS)
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = None
+        _check_choice("device", kind or self.device, ("cpu", "cuda"))
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={self.device}: torch {torch.__version__} sees no CUDA device here; device=cpu works"
+            )
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of the whole run when an epoch has num_samples samples (the last, smaller batch is a step too)."""
+        per_epoch = -(-num_samples // self.batch_size)
+        ends = (None if self.epochs is None else self.epochs * per_epoch, self.max_steps)
+        return min(end for end in ends if end is not None)
+
+    def learning_rate_factor(self, step: int, num_steps: int) -> float:
+        """What the learning rate of step 0, 1, ... num_steps - 1 is multiplied with: 1 where warm-up ends."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}[self.decay]
+
+
+def _check_integer(name: str, value: object, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"trainer.{name}={value}: must be a whole number, at least {at_least}")
+
+
+def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}" + (f"; {near[0]}?" if near else ""))

@@ -1,0 +1,270 @@
+"""The training run, top to bottom as it happens: batch, forward, loss, backward, step, log, evaluate, save."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlrm import checkpoint, memory
+from dlrm.evaluation import Evaluation, predict
+from dlrm.interrupt import Interrupt, Stop
+from dlrm.log import RunLog
+from dlrm.model import DLRM
+from dlrm.progress import Progress
+from dlrm.report import NOT_LEARNED, final_table
+from dlrm.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from data.batch import Batch
+
+
+class Trainer:
+    """Trains a model on a dataset and evaluates it; everything about the run ends up in `log`.
+
+    dataset: the interface of the data package, prepared. embedding_optimizer holds the parameters of model.embeddings,
+    dense_optimizer all others, both on settings.device. Raises ValueError when there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        model: DLRM,
+        dataset,
+        *,
+        dense_optimizer: torch.optim.Optimizer,
+        embedding_optimizer: torch.optim.Optimizer,
+        settings: TrainerSettings,
+        log: RunLog,
+    ):
+        self.num_train = dataset.num_samples["train"]
+        if self.num_train == 0:
+            raise ValueError("data: the training split has no samples")
+        self.model, self.dataset, self.settings, self.log = model, dataset, settings, log
+        self.optimizers = {"dense_optimizer": dense_optimizer, "embedding_optimizer": embedding_optimizer}
+        self.full_rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
+        self.num_steps = settings.num_steps(self.num_train)
+        self.eval_split = "valid" if dataset.num_samples["valid"] else "test"
+        # the loop's state, which a checkpoint keeps beside the tensors; sample: how many of this epoch are trained on
+        self.step = self.epoch = self.sample = 0
+        # of this process: samples trained on, seconds of training and of evaluation, the losses not yet logged
+        self.num_samples, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
+        self.loss_sum, self.num_losses = torch.zeros((), device=settings.device), 0
+        self.beats_constant_predictor: bool | None = None  # by the last evaluation
+        self.has_warned = False
+        self.interrupt, self.progress = Interrupt(), None
+
+    def resume(self, path: str) -> None:
+        """Goes on from the newest checkpoint at path: a run's folder, its checkpoints folder, or one checkpoint."""
+        counters = checkpoint.read_counters(path)
+        if counters["fingerprint"] != self.dataset.fingerprint:
+            raise ValueError(f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']})")
+        checkpoint.load(path, self.model, self.optimizers)
+        self.step, self.epoch, self.sample = counters["step"], counters["epoch"], counters["sample"]
+        if self.sample == self.num_train:  # saved at the very end of an epoch
+            self.epoch, self.sample = self.epoch + 1, 0
+
+    def train(self) -> dict:
+        """Runs to the end, or to Ctrl-C, and returns the summary, which is also in summary.json and on the terminal.
+
+        Raises FloatingPointError, naming the step, when the loss is not finite: before that step's update.
+        """
+        began, results = time.perf_counter(), {"status": "failed", "checkpoint": None}
+        self.log.text("embeddings/features", self.model.embeddings.feature_table())
+        if self.eval_split == "test":
+            print("no validation samples: eval/* is measured on the test split, so the best of eval/* is chosen on it")
+        try:
+            with _deterministic(self.settings.deterministic), self.interrupt:
+                self._train_steps()
+                if self.settings.save_checkpoint:
+                    results["checkpoint"] = self._save()
+                self._evaluate_at_end()
+            results["status"] = "completed"
+        except KeyboardInterrupt:
+            results["status"] = "interrupted"
+        except BaseException as error:
+            results["status"] = f"failed: {error}"
+            raise
+        finally:
+            self._add_memory()
+            self.log.write(self.step)
+            summary = self.log.finish(self._facts() | results | {"seconds": time.perf_counter() - began})
+        print(final_table(summary))
+        return summary
+
+    def _train_steps(self) -> None:
+        num_epochs = -(-self.num_steps * self.settings.batch_size // self.num_train)
+        total = min(self.num_steps * self.settings.batch_size, num_epochs * self.num_train)
+        began = time.perf_counter()
+        self.last_log = (began, 0)  # seconds on a clock that stands still during evaluation; num_samples
+        with Progress(total, self.epoch * self.num_train + self.sample) as self.progress:
+            try:
+                while self.step < self.num_steps and not self.interrupt.requested:
+                    self._train_epoch()
+            except Stop:
+                pass  # in an evaluation: the weights are those of self.step, worth a checkpoint
+            finally:
+                self.train_seconds = time.perf_counter() - self.eval_seconds - began
+
+    def _train_epoch(self) -> None:
+        """Trains from self.sample to the end of the epoch, or to the end of the run, or to Ctrl-C."""
+        settings = self.settings
+        self.model.train()
+        batches = self.dataset.batches("train", settings.batch_size, epoch=self.epoch, start=self.sample)
+        for batch in batches:
+            self._train_step(batch)
+            is_last = self.step == self.num_steps or self.interrupt.requested
+            if self.step % settings.log_every == 0 or is_last:
+                self._add_training()
+            if is_last:
+                return  # what was added is written with the results at the end
+            if settings.eval_every and self.step % settings.eval_every == 0:
+                self._add_evaluation(self._evaluate(self.eval_split, exact=False), is_last=False)
+                self._add_memory()
+            self.log.write(self.step)
+        self.epoch, self.sample = self.epoch + 1, 0
+
+    def _train_step(self, batch: "Batch") -> None:
+        factor = self.settings.learning_rate_factor(self.step, self.num_steps)
+        for name, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self.full_rates[name], strict=True):
+                group["lr"] = rate * factor
+        logits, labels = predict(self.model, batch, self.settings)
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        self._check_finite(loss, batch)
+        loss.backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.sample += len(batch.labels)
+        self.num_samples += len(batch.labels)
+        self.loss_sum += loss.detach()
+        self.num_losses += 1
+        self.progress.advance(len(batch.labels))
+
+    def _check_finite(self, loss: Tensor, batch: "Batch") -> None:
+        words = f"the loss is not finite at step {self.step + 1}, before its update"
+        if loss.is_cuda:
+            torch._assert_async(torch.isfinite(loss), words)  # as torchtitan: the device stops, the host never waits
+        elif not torch.isfinite(loss):
+            raise FloatingPointError(f"{words}: {self._explain(batch)}")
+
+    def _explain(self, batch: "Batch") -> str:
+        """The first tensor with a NaN or infinity, in the order in which they could have caused each other."""
+        columns = {f"dense column {name}": batch.dense[:, i] for i, name in enumerate(self.dataset.dense_names)}
+        parameters = {f"weights {name}": parameter for name, parameter in self.model.named_parameters()}
+        for name, tensor in (columns | {"the labels": batch.labels} | parameters).items():
+            if not torch.isfinite(tensor).all():
+                return f"{name} have a value that is NaN or infinite"
+        return "inputs and weights are finite, so the logits overflowed; a lower learning rate may help"
+
+    def _add_training(self) -> None:
+        loss = self.loss_sum.item() / self.num_losses  # the only wait for the device
+        self.loss_sum.zero_()
+        self.num_losses = 0
+        now, (last_time, last_samples) = time.perf_counter() - self.eval_seconds, self.last_log
+        self.last_log = (now, self.num_samples)
+        values = {
+            "train/loss": loss,
+            "train/samples_per_second": (self.num_samples - last_samples) / (now - last_time),
+            "train/learning_rate": self.optimizers["dense_optimizer"].param_groups[0]["lr"],
+            "train/embedding_learning_rate": self.optimizers["embedding_optimizer"].param_groups[0]["lr"],
+        }
+        self.log.add(values, {})
+        self.progress.show(f"step {self.step:,} loss {loss:.4f}")
+
+    def _evaluate(self, split: str, *, exact: bool) -> Evaluation:
+        began = self._now()
+        evaluation = Evaluation(
+            self.model, self.dataset, split, settings=self.settings, check=self.interrupt.check, exact=exact
+        )
+        self.eval_seconds += self._now() - began
+        return evaluation
+
+    def _add_evaluation(self, evaluation: Evaluation, *, is_last: bool) -> None:
+        """Logs eval/*, says it, and says so loudly when the constant predictor is as good."""
+        (values, reasons), split = evaluation.values(), self.eval_split
+        self.log.add(_tagged("eval", values), _tagged("eval", reasons))
+        self._say(
+            f"step {self.step:,}  {split} AUC {values['auc']:.5f} (+-{values['auc_bound']:.0e})  "
+            f"log loss {values['log_loss']:.5f}  normalized entropy {values['normalized_entropy']:.4f}"
+        )
+        entropy = values["normalized_entropy"]
+        self.beats_constant_predictor = entropy < 1
+        if entropy >= 1 and (is_last or not self.has_warned):
+            self.has_warned = True
+            self._say(NOT_LEARNED.format(entropy=entropy, split=split, step=self.step))
+
+    def _evaluate_at_end(self) -> None:
+        """Evaluates on both splits; test/auc is exact."""
+        self.interrupt.check()
+        on_test = self._evaluate("test", exact=True)
+        self._add_evaluation(
+            on_test if self.eval_split == "test" else self._evaluate(self.eval_split, exact=False), is_last=True
+        )
+        values, reasons = on_test.exact_values(self.dataset.best_possible_auc("test"))
+        self.log.add(_tagged("test", values), _tagged("test", reasons))
+
+    def _add_memory(self) -> None:
+        embeddings = self.model.embeddings
+        values = {
+            "embedding_bytes": embeddings.num_bytes(),
+            "state_bytes": embeddings.state_bytes(),
+            "optimizer_bytes": sum(map(memory.optimizer_bytes, self.optimizers.values())),
+            "peak_bytes": memory.peak_bytes(self.settings.device),
+            "compression": embeddings.num_bytes() / embeddings.dense_equivalent_bytes(),
+        }
+        self.log.add(_tagged("memory", values), {})
+
+    def _save(self) -> str:
+        counters = {"step": self.step, "epoch": self.epoch, "sample": self.sample}
+        counters["fingerprint"] = self.dataset.fingerprint
+        return str(checkpoint.save(self.log.folder / "checkpoints", self.model, self.optimizers, counters))
+
+    def _facts(self) -> dict:
+        """What summary.json says beside the tags, as of now."""
+        device = torch.device(self.settings.device)
+        return {
+            "data": self.dataset.describe(),
+            "data_fingerprint": self.dataset.fingerprint,
+            "eval_split": self.eval_split,
+            "steps": self.step,
+            "epochs": self.epoch + self.sample / self.num_train,
+            "samples": self.num_samples,
+            "samples_per_second": self.num_samples / self.train_seconds if self.train_seconds else 0.0,
+            "train_seconds": self.train_seconds,
+            "beats_constant_predictor": self.beats_constant_predictor,
+            "dense_equivalent_bytes": self.model.embeddings.dense_equivalent_bytes(),
+            "features": self.model.embeddings.feature_table(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "precision": self.settings.precision,
+            "folder": str(self.log.folder),
+        }
+
+    def _say(self, words: str) -> None:
+        self.progress.write(words)
+
+    def _now(self) -> float:
+        """Seconds, once the device has done what it was told: else its work would be counted to whoever comes next."""
+        if torch.device(self.settings.device).type == "cuda":
+            torch.cuda.synchronize(self.settings.device)
+        return time.perf_counter()
+
+
+def _tagged(tag: str, values: dict) -> dict:
+    return {f"{tag}/{name}": value for name, value in values.items()}
+
+
+@contextmanager
+def _deterministic(is_on: bool) -> Iterator[None]:
+    """Has torch refuse operations that do not repeat bit for bit; a sweep's next run, in this process, is as it was."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(is_on or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,57 @@
+"""Settings that cannot work are refused with their key; the schedule is its formula."""
+
+import math
+
+import pytest
+from stand_ins import SETTINGS
+
+from dlrm.settings import TrainerSettings
+
+
+def make_settings(**changes):
+    return TrainerSettings(**SETTINGS | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "trainer.batch_size=0: .* at least 1"),
+        ({"batch_size": 2.5}, "trainer.batch_size=2.5: must be a whole number"),
+        ({"batch_size": True}, "trainer.batch_size=True"),
+        ({"eval_batch_size": -1}, "trainer.eval_batch_size=-1"),
+        ({"epochs": 0}, "trainer.epochs=0"),
+        ({"max_steps": -5}, "trainer.max_steps=-5"),
+        ({"epochs": None, "max_steps": None}, "trainer.epochs and trainer.max_steps are both null"),
+        ({"eval_every": -1}, "trainer.eval_every=-1: .* at least 0"),
+        ({"log_every": 0}, "trainer.log_every=0"),
+        ({"warmup_steps": -1}, "trainer.warmup_steps=-1"),
+        ({"decay": "cosin"}, r"trainer.decay=cosin: must be one of constant, linear, cosine; cosine\?"),
+        ({"precision": "fp16"}, r"precision=fp16: must be one of fp32, bf16"),
+        ({"device": "gpu"}, "device=gpu: must be one of cpu, cuda"),
+    ],
+)
+def test_bad_values_are_refused_with_key_value_and_what_is_allowed(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_settings(**changes)
+
+
+def test_misspelt_keys_are_refused():
+    with pytest.raises(TypeError, match="batchsize"):
+        make_settings(batchsize=3)
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "num_steps"), [(2, None, 8), (2, 5, 5), (None, 50, 50), (2, 50, 8)])
+def test_run_ends_at_epochs_or_max_steps_whichever_is_first(epochs, max_steps, num_steps):
+    assert make_settings(batch_size=32, epochs=epochs, max_steps=max_steps).num_steps(100) == num_steps
+
+
+@pytest.mark.parametrize(
+    ("decay", "middle", "end"),
+    [("constant", 1, 1), ("linear", 0.5, 1 - 89 / 90), ("cosine", 0.5, (1 + math.cos(math.pi * 89 / 90)) / 2)],
+)
+def test_learning_rate_warms_up_then_decays(decay, middle, end):
+    settings = make_settings(warmup_steps=10, decay=decay)
+    factors = [settings.learning_rate_factor(step, 100) for step in range(100)]
+    assert factors[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
+    assert factors[55] == pytest.approx(middle) and factors[99] == pytest.approx(end)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
