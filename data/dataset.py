@@ -1,0 +1,217 @@
+"""A dataset made of files: prepared once, then read as batches. Table, MovieLens and CriteoKaggle are faces of it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+
+from data.batch import Batch
+from data.checks import check_choice, check_int, check_keys
+from data.database import Database, quoted
+from data.encode import Preparation, Schema, arrange, encode_multi, encode_single, used_columns, write_arrays
+from data.prepared import Prepared, Writer, fingerprint, prepare_once
+from data.rejects import Rejected, load, write_quarantine
+from data.source import FINITE, Source, describe, reading_sql
+
+SPLITS = ("train", "valid", "test")
+TIME_SAMPLE = 1000  # rows that say whether times are numbers or dates: one bad row must not decide it
+
+
+class FileDataset:
+    """Samples of one or more files. The constructor has read their first lines; prepare() reads all.
+
+    cache: folder of prepared folders. on_error: what a bad row does: stop, skip, or quarantine (skip, and keep its text
+    in the prepared folder's quarantine.tsv). memory_limit: DuckDB's, e.g. 1GB. shuffle_seed: of the training order.
+    shuffle_block: training files of more rows are shuffled in blocks of so many (see prepared.shuffled)."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        preparation: Preparation,
+        *,
+        name: str,
+        cache: str,
+        on_error: str,
+        memory_limit: str,
+        shuffle_block: int,
+        shuffle_seed: int,
+    ):
+        check_choice("data.on_error", on_error, ("stop", "skip", "quarantine"))
+        check_int("data.shuffle_block", shuffle_block, 1)
+        check_int("data.shuffle_seed", shuffle_seed, 0)
+        self.schema, self.preparation = schema, preparation
+        self.name, self.on_error, self.memory_limit = name, on_error, memory_limit
+        self.shuffle_block, self.shuffle_seed = shuffle_block, shuffle_seed
+        self.feature_names, self.dense_names = schema.features, list(schema.dense)
+        options = (schema.identity(), preparation.identity(), on_error)
+        self.fingerprint = fingerprint([schema.main.path, *(side.path for side, _ in schema.sides)], options)
+        stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
+        self.folder = Path(cache) / f"{stem}-{self.fingerprint[:16]}"
+        self._prepared: Prepared | None = None
+        self._keep_unseen: set[str] = set()
+
+    def prepare(self, keep_unseen: set[str]) -> None:
+        """Reads the files into the prepared folder unless it is there. Features of keep_unseen will show the ids that
+        training never had (>= the cardinality, distinct); in the others these ids are 0. Raises ValueError for bad rows
+        (on_error=stop: the first of them, and how many there are)."""
+        check_keys("keep_unseen", keep_unseen, self.feature_names)
+        prepare_once(self.folder, self._build)
+        self._prepared, self._keep_unseen = Prepared(self.folder), set(keep_unseen)
+
+    @property
+    def prepared(self) -> Prepared:
+        """The opened arrays; prepare() comes first."""
+        assert self._prepared is not None, "prepare() comes first"
+        return self._prepared
+
+    @property
+    def cardinalities(self) -> dict[str, int]:
+        """Feature -> number of ids that training has, with row 0, in the order of Batch.ids."""
+        return self.prepared.cardinalities
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        """Rows of train, valid and test."""
+        return self.prepared.num_samples
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows that were left out as bad."""
+        return self.prepared.manifest["num_rejected"]
+
+    def batches(self, split: str, batch_size: int, *, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Batches of a split from sample `start` on; the last may be smaller. Train is shuffled, a pure function of
+        (shuffle_seed, epoch); valid and test come in the order of the split (time, chance or place in the file)."""
+        check_keys("split", [split], SPLITS)
+        return self.prepared.batches(
+            split,
+            batch_size,
+            epoch=epoch,
+            start=start,
+            seed=self.shuffle_seed,
+            block=self.shuffle_block,
+            keep_unseen=self._keep_unseen,
+        )
+
+    def best_possible_auc(self, split: str) -> None:
+        """None: only synthetic data knows."""
+        check_keys("split", [split], SPLITS)
+
+    def describe(self) -> str:
+        """One line: name, rows, split, bad rows."""
+        counts = self.num_samples
+        rows = " + ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+        order = f"by {self.schema.time}" if self.schema.time else f"in {self.preparation.order} order"
+        bad = f", {self.num_rejected:,} bad rows left out" if self.num_rejected else ""
+        return (
+            f"{self.name}: {sum(counts.values()):,} samples ({rows}, split {order}), {len(self.dense_names)} dense, "
+            f"{len(self.feature_names)} categorical, {sum(self.cardinalities.values()):,} ids{bad}"
+        )
+
+    def _build(self, folder: Path) -> None:
+        """Makes the arrays in an empty folder."""
+        size = sum(source.path.stat().st_size for source in self._sources())
+        free = shutil.disk_usage(folder).free
+        print(
+            f"data: preparing {self.name} ({size / 2**20:,.0f} MiB of files) once, in {self.folder} "
+            f"(memory for the reading: {self.memory_limit}; {free / 2**30:,.1f} GiB of disk are free)"
+        )
+        scratch = folder / "scratch"
+        steps = len(self._sources()) + len(self.feature_names) + 2
+        db = Database(scratch, steps, memory_limit=self.memory_limit)
+        try:
+            rejected = self._load(db)
+            manifest, writer = self._encode(db, folder)
+        finally:
+            db.close()
+        shutil.rmtree(scratch)
+        if self.on_error == "quarantine":
+            write_quarantine(folder / "quarantine.tsv", rejected)
+        writer.finish(manifest | {"num_rejected": sum(r.num_lines for r in rejected)})
+
+    def _sources(self) -> list[Source]:
+        return [self.schema.main, *(side for side, _ in self.schema.sides)]
+
+    def _load(self, db: Database) -> list[Rejected]:
+        """Loads main and sides into the database. Returns the bad rows, or raises for them."""
+        rejected: list[Rejected] = []
+        for i, source in enumerate(self._sources()):
+            db.step(f"reading {source.path.name}")
+            types = {c: self._type_of(c) for c in used_columns(self.schema, source)}
+            rejected += load(db, with_checks(source, self.schema), table=f"side{i - 1}" if i else "main", types=types)
+        if not rejected:
+            return rejected
+        lines = sum(r.num_lines for r in rejected)
+        count = f"{lines:,} bad row{'s' if lines > 1 else ''}"
+        if self.on_error == "stop":
+            raise ValueError(f"{rejected[0]}\n{count} in all; data.on_error=skip or quarantine leaves them out")
+        kept = f", kept in {self.folder / 'quarantine.tsv'}" if self.on_error == "quarantine" else ""
+        print(f"data: {count} left out{kept}; the first: {rejected[0]}")
+        return rejected
+
+    def _type_of(self, column: str) -> str:
+        """SQL type in which a column is read."""
+        if column == self.schema.label or column in self.schema.dense:
+            return "DOUBLE"
+        if column == self.schema.time:
+            return time_type(self.schema)
+        return self.schema.id_type if column in self.schema.categorical else "VARCHAR"
+
+    def _encode(self, db: Database, folder: Path) -> tuple[dict, Writer]:
+        """Writes the arrays. Returns what the manifest says, and the writer to finish."""
+        db.step("ordering rows")
+        arrange(db, self.schema, self.preparation)
+        counts = self.preparation.counts(db.value("SELECT count(*) FROM rows"))
+        cardinalities = {}
+        for i, name in enumerate(self.feature_names):
+            db.step(f"numbering {name}")
+            job = (db, name, f"feature{i}", counts["train"], self.preparation)
+            separator = self.schema.multi_valued.get(name)
+            cardinalities[name] = encode_single(*job) if separator is None else encode_multi(*job, separator)
+        db.step("writing arrays")
+        writer = write_arrays(db, self.schema, folder, counts["train"])
+        manifest = {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "cardinalities": cardinalities,
+            "num_samples": counts,
+            "dense_names": self.dense_names,
+            "num_dense": len(self.dense_names),
+            "num_multi": len(self.schema.multi_valued),
+        }
+        return manifest, writer
+
+
+def with_checks(source: Source, schema: Schema) -> Source:
+    """The source with what must hold of the label, the time and the dense columns, beside its own checks."""
+    label, checks = quoted(schema.label), dict(source.checks)
+    if schema.threshold is None:
+        checks[schema.label] = (f"{label} IN (0, 1)", "the label must be 0 or 1 (or set data.label_threshold)")
+    else:
+        checks[schema.label] = (f"isfinite({label})", "the label must be a finite number")
+    if schema.time:
+        checks[schema.time] = (f"isfinite({quoted(schema.time)})", "the time must be a finite number or date")
+    if not source.is_parquet:
+        for name in used_columns(schema, source):
+            checks.setdefault(name, (f"coalesce(NOT contains({quoted(name)}, chr(0)), true)", "must hold no NUL byte"))
+    for name in schema.dense:
+        finite = FINITE.format(quoted(name))
+        checks[name] = (f"{quoted(name)} IS NULL OR ({finite})", "must be finite as float32")
+    return Source(**{**vars(source), "checks": checks})
+
+
+def time_type(schema: Schema) -> str:
+    """DOUBLE if most of the first values of the time column are numbers, else TIMESTAMP."""
+    source = next(s for s in (schema.main, *(side for side, _ in schema.sides)) if schema.time in s.names)
+    if source.is_parquet:
+        kind = dict(describe(source.path)).get(schema.time, "DOUBLE")
+        return "TIMESTAMP" if kind.startswith(("TIMESTAMP", "DATE")) else "DOUBLE"
+    con = duckdb.connect()  # its own: the rejects of these few rows are nobody's
+    column = quoted(schema.time)
+    sql = reading_sql(source, {schema.time: "VARCHAR"})
+    first = f"SELECT {column} AS x FROM ({sql}) WHERE {column} IS NOT NULL LIMIT {TIME_SAMPLE}"
+    numbers, dates = con.execute(
+        f"SELECT count(TRY_CAST(x AS DOUBLE)), count(TRY_CAST(x AS TIMESTAMP)) FROM ({first})"
+    ).fetchone()
+    return "TIMESTAMP" if dates > numbers else "DOUBLE"

@@ -1,0 +1,209 @@
+"""The compact form that every file becomes once: flat arrays that training reads by memory map.
+
+A folder holds dense.bin float32 [rows, num_dense], ids.bin int32 [rows, F1] of the single-valued features, labels.bin
+uint8 [rows], per multi-valued feature values.K.bin int32 [N] and indptr.K.bin int64 [rows+1], and manifest.json. Rows
+are ordered train, valid, test. The manifest is written last and the folder renamed into place, so what has the final
+name is complete; the name is the fingerprint of files and options, so what is found was made from exactly these."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from data.batch import Batch
+
+FORMAT_VERSION = 1
+CHUNK_ROWS = 4096  # rows read in sequence when a split is too large for a global shuffle
+ENDS_BYTES = 64 * 1024  # of the head and of the tail of a file go into its fingerprint
+KEEP_ALL = np.iinfo(np.int32).max
+
+
+def fingerprint(files: list[Path], options: object) -> str:
+    """sha256 (hex) of the format version, the options (by repr) and the size, mtime, head and tail of each file."""
+    digest = hashlib.sha256(repr((FORMAT_VERSION, options)).encode())
+    for path in files:
+        status = path.stat()
+        digest.update(repr((status.st_size, status.st_mtime_ns)).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(ENDS_BYTES))
+            file.seek(max(0, status.st_size - ENDS_BYTES))
+            digest.update(file.read(ENDS_BYTES))
+    return digest.hexdigest()
+
+
+class Writer:
+    """Appends rows to the files of a folder under construction, in order; memory is that of one call's rows."""
+
+    def __init__(self, folder: Path, num_multi: int):
+        self.folder, self.rows, self.ends = folder, 0, [0] * num_multi
+        names = ["dense.bin", "ids.bin", "labels.bin"]
+        names += [f"{part}.{k}.bin" for k in range(num_multi) for part in ("indptr", "values")]
+        self.files = {name: open(folder / name, "wb") for name in names}
+        for k in range(num_multi):
+            self.files[f"indptr.{k}.bin"].write(np.zeros(1, np.int64).tobytes())
+
+    def append(
+        self, dense: np.ndarray, ids: np.ndarray, labels: np.ndarray, bags: list[tuple[np.ndarray, np.ndarray]]
+    ) -> None:
+        """Rows: dense [R, num_dense], ids [R, F1], labels [R], and per multi-valued feature (lengths [R], values)."""
+        self.rows += len(labels)
+        self.files["dense.bin"].write(np.ascontiguousarray(dense, np.float32).tobytes())
+        self.files["ids.bin"].write(np.ascontiguousarray(ids, np.int32).tobytes())
+        self.files["labels.bin"].write(np.ascontiguousarray(labels, np.uint8).tobytes())
+        for k, (lengths, values) in enumerate(bags):
+            self.files[f"indptr.{k}.bin"].write((self.ends[k] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+            self.files[f"values.{k}.bin"].write(np.ascontiguousarray(values, np.int32).tobytes())
+            self.ends[k] += len(values)
+
+    def finish(self, manifest: dict) -> None:
+        """Brings every file to the disk, then writes the manifest, with the size in bytes of each file."""
+        for file in self.files.values():
+            flush(file)
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
+        with open(self.folder / "manifest.json", "w") as file:
+            json.dump(manifest | {"format": FORMAT_VERSION, "rows": self.rows, "sizes": sizes}, file, indent=1)
+            flush(file)
+
+
+def flush(file: IO) -> None:
+    """Brings a file to the disk and closes it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder has a manifest and every file has the size that it states."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return False
+
+
+def prepare_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Makes the folder by build(temporary folder) unless it is there; at any time one process builds, others wait.
+    What a killed build left behind is removed by the next one."""
+    if is_complete(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it when the process dies, however it dies
+        if is_complete(folder):
+            return
+        temporary = folder.parent / f".{folder.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            build(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if folder.exists():
+            print(f"data: {folder} was damaged (a file is missing or has another size) and is prepared again")
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def shuffled(count: int, *, seed: int, epoch: int, block: int, start: int) -> Iterator[np.ndarray]:
+    """Index arrays that together are a permutation of range(count) from place `start` on: a pure function of
+    (seed, epoch). Up to `block` rows this is one uniform permutation. Larger files are cut into chunks of CHUNK_ROWS
+    neighbours; the chunks are shuffled, and the rows of each `block` of chunks: reads stay nearly sequential."""
+    rng = np.random.default_rng([seed, epoch])
+    if count <= block:
+        chunks, pool = np.zeros(1, np.int64), 1
+        chunk_rows = max(count, 1)
+    else:
+        chunk_rows = min(CHUNK_ROWS, block)
+        chunks = np.append(rng.permutation(count // chunk_rows), count // chunk_rows)  # the short chunk comes last
+        pool = block // chunk_rows
+    seen = 0
+    for first in range(0, len(chunks), pool):
+        index = (chunks[first : first + pool, None] * chunk_rows + np.arange(chunk_rows)).reshape(-1)
+        index = index[index < count]
+        order = np.random.default_rng([seed, epoch, first]).permutation(len(index))
+        yield index[order[max(0, start - seen) :]]
+        seen += len(index)
+
+
+def in_batches(indices: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """The same indices in arrays of batch_size; the last may be shorter."""
+    rest = np.zeros(0, np.int64)
+    for index in indices:
+        rest = np.concatenate([rest, index])
+        full = len(rest) // batch_size * batch_size
+        yield from (rest[i : i + batch_size] for i in range(0, full, batch_size))
+        rest = rest[full:]
+    if len(rest):
+        yield rest
+
+
+class Prepared:
+    """A finished folder, opened for reading by memory map."""
+
+    def __init__(self, folder: Path):
+        self.manifest = json.loads((folder / "manifest.json").read_text())
+        self.folder, self.rows = folder, self.manifest["rows"]
+        self.cardinalities: dict[str, int] = self.manifest["cardinalities"]
+        self.num_samples: dict[str, int] = self.manifest["num_samples"]
+        num_multi = self.manifest["num_multi"]
+        self.num_single = len(self.cardinalities) - num_multi
+        self.dense = self._open("dense.bin", np.float32, (self.rows, self.manifest["num_dense"]))
+        self.ids = self._open("ids.bin", np.int32, (self.rows, self.num_single))
+        self.labels = self._open("labels.bin", np.uint8, (self.rows,))
+        self.indptrs = [self._open(f"indptr.{k}.bin", np.int64, (self.rows + 1,)) for k in range(num_multi)]
+        self.values = [self._open(f"values.{k}.bin", np.int32, (int(p[-1]),)) for k, p in enumerate(self.indptrs)]
+
+    def _open(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
+
+    def batches(
+        self, split: str, batch_size: int, *, epoch: int, start: int, seed: int, block: int, keep_unseen: set[str]
+    ) -> Iterator[Batch]:
+        """Batches of a split from sample `start` on: train shuffled by (seed, epoch), the others in stored order.
+        Ids that training never had become 0, except in the features of keep_unseen."""
+        count = self.num_samples[split]
+        first = {"train": 0, "valid": self.num_samples["train"], "test": self.rows - self.num_samples["test"]}[split]
+        limits = np.array([KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()], np.int64)
+        if split == "train":
+            order = in_batches(shuffled(count, seed=seed, epoch=epoch, block=block, start=start), batch_size)
+            picks = (np.sort(index) for index in order)  # ascending reads; the sum over a batch has no order
+        else:
+            edges = range(start, count, batch_size)
+            picks = (np.arange(first + edge, first + min(edge + batch_size, count)) for edge in edges)
+        for index in picks:
+            yield self._batch(index, limits)
+
+    def _batch(self, index: np.ndarray, limits: np.ndarray) -> Batch:
+        """The rows index [B] as a Batch; limits [F]: the first id of each feature that becomes 0."""
+        ids = self.ids[index].T  # [F1, B]
+        ids = np.where(ids >= limits[: self.num_single, None], 0, ids).astype(np.int32)
+        offsets = None
+        if self.indptrs:
+            bags, lengths = [ids.reshape(-1)], [np.ones(ids.size, np.int64)]
+            for indptr, values, limit in zip(self.indptrs, self.values, limits[self.num_single :], strict=True):
+                begin, length = indptr[index], indptr[index + 1] - indptr[index]
+                before = np.cumsum(length) - length
+                bag = values[np.repeat(begin - before, length) + np.arange(length.sum())]
+                bags.append(np.where(bag >= limit, 0, bag).astype(np.int32))
+                lengths.append(length)
+            ids = np.concatenate(bags)  # [N]
+            offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))  # [F*B+1]
+        return Batch(
+            dense=torch.from_numpy(np.ascontiguousarray(self.dense[index])),
+            ids=torch.from_numpy(ids.reshape(-1)),
+            offsets=offsets,
+            labels=torch.from_numpy(self.labels[index].astype(np.float32)),
+        )

@@ -1,0 +1,135 @@
+"""What a file is: its columns, how they are separated, what must hold of them; and the SQL that reads it."""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import duckdb
+
+from data.checks import nearest
+from data.database import literal, quoted
+
+FINITE = "isfinite({0}) AND abs({0}) <= 3.4e38"  # beyond that a float32 is infinite
+TYPED_HEADER = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's atomic files: user_id:token
+COMPRESSED = {".gz", ".zst"}
+DELIMITERS = {".tsv": "\t", ".txt": "\t", ".inter": "\t", ".user": "\t", ".item": "\t", ".dat": "::"}
+NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
+MAX_BAD_ROWS = 100_000  # beyond this the format is misunderstood, whatever data.on_error says; it also bounds memory
+MAX_ERRORS = 4 * MAX_BAD_ROWS  # a row may have several
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file. columns: our names of all its columns, in order. expressions: SQL over these that replaces a column or
+    adds one. checks: by column, an SQL condition that must hold (NULL counts as failed) and what to say if not."""
+
+    path: Path
+    columns: tuple[str, ...]
+    delimiter: str
+    quote: str
+    header: bool
+    expressions: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    encoding: str = "utf-8"
+
+    @property
+    def names(self) -> list[str]:
+        """Columns that can be used, those of the expressions included."""
+        return [*self.columns, *(name for name in self.expressions if name not in self.columns)]
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether DuckDB reads it as Parquet; anything else is text."""
+        return self.path.suffix == ".parquet"
+
+    def identity(self) -> tuple:
+        """Everything that changes what is read, but the file's content."""
+        form = self.delimiter, self.quote, self.header, self.encoding, self.path.suffixes
+        return self.columns, form, sorted(self.expressions.items())
+
+
+def open_source(
+    path: Path, *, delimiter: str | None, quote: str | None, header: bool, columns: Sequence[str] | None
+) -> Source:
+    """A Source with the names of its columns, from its first line or its Parquet schema; nothing else is read.
+    delimiter, quote: None chooses by the file's name (tab without quotes for .tsv and .txt, else comma with).
+    Raises ValueError if there is no such file, it is empty, or its first line does not fit the columns."""
+    if not path.is_file():
+        known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"data.path: no file {path}{nearest(path.name, known)}")
+    if path.suffix == ".parquet":
+        return Source(path, tuple(row[0] for row in describe(path)), "", "", False)
+    kind = path.suffixes[-2:-1] if path.suffix in COMPRESSED else path.suffixes[-1:]
+    delimiter = delimiter or DELIMITERS.get("".join(kind), ",")
+    quote = quote if quote is not None else ('"' if delimiter == "," else "")
+    found = first_row(path, delimiter, quote)
+    if columns is None and header:
+        columns = [m.group(1) if (m := TYPED_HEADER.fullmatch(c)) else c for c in found]
+    columns = list(columns or [f"column{i + 1}" for i in range(len(found))])
+    if len(columns) != len(found):
+        raise ValueError(
+            f"{path}:1: {len(found)} columns with data.delimiter={delimiter!r}, but data.columns names {len(columns)}"
+        )
+    lowered = [c.lower() for c in columns]  # SQL names have no case
+    if twice := sorted({c for c in columns if lowered.count(c.lower()) > 1}):
+        raise ValueError(f"{path}: column names occur twice: {', '.join(twice)}; name all of them in data.columns")
+    return Source(path, tuple(columns), delimiter, quote, header)
+
+
+def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
+    """The fields of the first line of a text file, plain or compressed. Raises ValueError if there is none."""
+    sql = (
+        f"SELECT line FROM read_csv({literal(path)}, auto_detect=false, header=false, delim='\x01', quote='', "
+        "escape='', columns={'line': 'VARCHAR'}, strict_mode=false, ignore_errors=true) LIMIT 1"
+    )
+    try:
+        row = duckdb.execute(sql).fetchone()
+    except duckdb.Error as error:
+        raise ValueError(f"data.path: {path} cannot be read: {error}") from None
+    if row is None or row[0] is None:
+        raise ValueError(f"{path}:1: the first line is empty")
+    if quote and len(delimiter) == 1:
+        return next(csv.reader([row[0]], delimiter=delimiter, quotechar=quote))
+    return row[0].split(delimiter)
+
+
+def describe(path: Path) -> list[tuple[str, str]]:
+    """(name, SQL type) of each column of a Parquet file. Raises ValueError if it is none."""
+    try:
+        rows = duckdb.execute(f"DESCRIBE SELECT * FROM read_parquet({literal(path)})").fetchall()
+    except duckdb.Error as error:
+        raise ValueError(f"data.path: {path} cannot be read: {error}") from None
+    return [(row[0], row[1]) for row in rows]
+
+
+def joined_lists(source: Source, separators: Mapping[str, str]) -> Source:
+    """The same source, with each list column of a Parquet file joined by the separator that it will be split at."""
+    if not source.is_parquet:
+        return source
+    lists = {name for name, kind in describe(source.path) if kind.endswith("]")} & set(separators)
+    joins = {name: f"array_to_string({quoted(name)}, {literal(separators[name])})" for name in lists}
+    return replace(source, expressions={**source.expressions, **joins})
+
+
+def reading_sql(source: Source, types: Mapping[str, str]) -> str:
+    """SQL for the columns of `types` (name -> SQL type) of all rows; rows of a text file that cannot be read go to the
+    tables rejects and rejects_scan. Raises ValueError if a Parquet column has another type than it must."""
+    wanted = {name: source.expressions.get(name, quoted(name)) for name in types}
+    select = ", ".join(f"CAST({sql} AS {types[name]}) AS {quoted(name)}" for name, sql in wanted.items())
+    if source.is_parquet:
+        for name, kind in describe(source.path):
+            if types.get(name) == "DOUBLE" and not kind.startswith(NUMBERS):
+                raise ValueError(f"{source.path}: column {name!r} has type {kind}; a number is needed")
+            if kind.endswith("]") and name in types and name not in source.expressions:
+                raise ValueError(f"{source.path}: column {name!r} is a list ({kind}); name it in data.multi_valued")
+        return f"SELECT {select} FROM read_parquet({literal(source.path)})"
+    kinds = {c: "VARCHAR" if c in source.expressions else types.get(c, "VARCHAR") for c in source.columns}
+    columns = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in kinds.items())
+    return (
+        f"SELECT {select} FROM read_csv({literal(source.path)}, auto_detect=false, header={source.header}, "
+        f"delim={literal(source.delimiter)}, quote={literal(source.quote)}, escape={literal(source.quote)}, "
+        f"columns={{{columns}}}, nullstr='', encoding={literal(source.encoding)}, store_rejects=true, "
+        f"rejects_table='rejects', rejects_scan='rejects_scan', rejects_limit={MAX_ERRORS + 1})"
+    )
