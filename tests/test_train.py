@@ -1,0 +1,194 @@
+"""The command line: what it makes, and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "data.num_samples={train: 4096, valid: 1024, test: 1024}",
+    "data.cardinalities=[50, 2000, 3000]",
+    "trainer.batch_size=512",
+    "trainer.log_every=2",
+]
+EVAL_TAGS = {f"eval/{name}" for name in ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")}
+MEMORY_TAGS = {
+    f"memory/{name}" for name in ("embedding_bytes", "state_bytes", "optimizer_bytes", "peak_bytes", "compression")
+}
+TRAIN_TAGS = {"train/loss", "train/samples_per_second", "train/learning_rate"}
+BACKENDS = sorted(path.stem for path in (ROOT / "conf" / "embedding").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """cli(*arguments) runs train.py in an empty folder -> (exit status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        status = train.main()
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+# --- what a run makes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_trains_and_leaves_the_contracts_files(name, cli, tmp_path):
+    status, out, err = cli(f"embedding={name}", "compression=0.5", "trainer.eval_every=4", *SMALL)
+    assert status == 0, err
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    assert {"metrics.jsonl", "summary.json", "checkpoints", ".hydra"} <= {path.name for path in folder.iterdir()}
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+    logged = set().union(*(json.loads(line).keys() for line in (folder / "metrics.jsonl").read_text().splitlines()))
+    assert EVAL_TAGS | MEMORY_TAGS | TRAIN_TAGS <= logged
+    events = EventAccumulator(str(folder)).Reload()
+    assert EVAL_TAGS | MEMORY_TAGS | TRAIN_TAGS <= set(events.Tags()["scalars"])
+
+    summary = summary_of(folder)
+    assert summary["steps"] == 8 and summary["seed"] == 0 and summary["device"] == "cpu"
+    assert summary["last"]["memory/embedding_bytes"] == sum(row["bytes"] for row in summary["features"])
+    assert summary["dense_equivalent_bytes"] == 5050 * 16 * 4
+    assert [row["feature"] for row in summary["features"]] == ["C1", "C2", "C3"]
+    for word in ("test AUC", "embeddings", "optimizer", "peak memory", "samples/s", "synthetic"):
+        assert word in out
+
+
+def test_sweep_makes_a_folder_per_job(cli, tmp_path):
+    status, _, err = cli("-m", "embedding=dense,hashed", "compression=0.5,0.1", *SMALL)
+    assert status == 0, err
+    folders = sorted((tmp_path / "multirun").glob("*/*/[0-9]"))
+    assert [folder.name for folder in folders] == ["0", "1", "2", "3"]
+    backends = [[row["backend"] for row in summary_of(folder)["features"]] for folder in folders]
+    assert backends == [["dense"] * 3] * 2 + [["dense", "hashed", "hashed"]] * 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_feature_gets_its_own_backend_and_ratio(cli, tmp_path):
+    status, _, err = cli("+embedding@features.C3=hashed", "features.C3.compression=0.05", *SMALL)
+    assert status == 0, err
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    by_name = {row["feature"]: row for row in summary_of(folder)["features"]}
+    assert [by_name[f]["backend"] for f in ("C1", "C2", "C3")] == ["dense", "dense", "hashed"]
+    assert by_name["C3"]["compression"] == pytest.approx(0.05, rel=0.01)
+
+
+def test_same_seed_same_result_other_seed_another(cli, tmp_path):
+    losses = []
+    for seed in (0, 0, 1):
+        assert cli("embedding=hashed", "compression=0.5", f"seed={seed}", *SMALL)[0] == 0
+        newest = max((tmp_path / "runs").glob("*/*"), key=lambda folder: folder.stat().st_mtime_ns)
+        losses.append(summary_of(newest)["last"]["test/log_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_resume_ends_where_one_run_would(cli, tmp_path):
+    assert cli("embedding=hashed", "compression=0.5", *SMALL, "hydra.run.dir=whole")[0] == 0
+    assert cli("embedding=hashed", "compression=0.5", *SMALL, "hydra.run.dir=half", "trainer.max_steps=4")[0] == 0
+    assert cli("embedding=hashed", "compression=0.5", *SMALL, "hydra.run.dir=rest", "resume=half")[0] == 0
+    whole, rest = summary_of(tmp_path / "whole"), summary_of(tmp_path / "rest")
+    assert rest["steps"] == whole["steps"] == 8
+    assert rest["last"]["test/log_loss"] == whole["last"]["test/log_loss"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_trains(name, cli):
+    status, _, err = cli(
+        f"experiment={name}", "data.num_samples={train: 4096, valid: 0, test: 1024}", "trainer.max_steps=2"
+    )
+    assert status == 0, err
+
+
+# --- what is refused: exit status 2, the key, the value, what is allowed, the nearest spelling -----------------------
+
+REFUSED = [
+    (["embeding=hashed"], ["embeding", "did you mean embedding?"]),
+    (["compresion=0.1"], ["compresion", "did you mean compression?"]),
+    (["embedding=hashd"], ["embedding=hashd", "dense, hashed", "did you mean hashed?"]),
+    (["data=sinthetic"], ["data=sinthetic", "did you mean synthetic?"]),
+    (["embedding=hashed", "embedding.blok=8"], ["embedding.blok", "did you mean block?"]),
+    (["trainer.batch_sise=3"], ["trainer.batch_sise", "did you mean batch_size?"]),
+    (["optimizer=adagrd"], ["optimizer=adagrd", "did you mean adagrad?"]),
+    (["optimizer/dense=adm"], ["optimizer/dense=adm", "adagrad, adam, sgd"]),
+    (["optimizer.dense.lrr=1"], ["optimizer.dense.lrr", "did you mean lr?"]),
+    (["+foo=1"], ["foo is no key"]),
+    (["+trainer.foo=1"], ["foo"]),
+    (["compression=-5"], ["compression=-5", "0 to 1"]),
+    (["compression=0"], ["compression=0"]),
+    (["compression=1.5"], ["compression=1.5"]),
+    (["compression=nan"], ["compression=nan"]),
+    (["compression=abc"], ["compression=abc"]),
+    (["dense_below=-1"], ["dense_below=-1"]),
+    (["seed=1.5"], ["seed=1.5"]),
+    (["trainer.batch_size=0"], ["trainer.batch_size=0"]),
+    (["trainer.batch_size=abc"], ["trainer.batch_size=abc"]),
+    (["trainer.epochs=null"], ["trainer.epochs", "max_steps"]),
+    (["optimizer.dense.lr=-1"], ["optimizer.dense.lr=-1"]),
+    (["optimizer.embedding.eps=-1"], ["eps=-1"]),
+    (["native=on"], ["native=on", "auto, require, off"]),
+    (["precision=fp16"], ["precision=fp16", "fp32, bf16"]),
+    (["device=gpu"], ["device=gpu", "cpu, cuda"]),
+    (["pooling=avg"], ["pooling=avg", "sum, mean, max"]),
+    (["deterministic=maybe"], ["deterministic=maybe"]),
+    (["embedding=hashed", "embedding.block=7"], ["block=7", "16"]),
+    (["embedding=hashed", "embedding.accumulate=row"], ["accumulate='row'", "rows"]),
+    (["embedding=hashed", "embedding.accumulate=atomic", "deterministic=true"], ["atomic", "rows or sorted"]),
+    (["+embedding@features.C99=hashed"], ["C99", "C1, C2, C3"]),
+    (["+embedding@features.C3=hashd"], ["hashd", "did you mean hashed?"]),
+    (["+embedding@features.C3=dense", "+features.C3.block=8"], ["features.C3.block", "Dense has no such key"]),
+    (["+features.C3=hashed"], ["features.C3=hashed"]),
+    (["optimizer.embedding._target_=torch.optim.Adam"], ["torch.optim.Adam", "embeddings.optim"]),
+    (["+optimizer.embedding.weight_decay=0.1"], ["weight_decay"]),
+    (["embedding=hashed", "compression=1e-6"], ["compression=1e-06", "the smallest it can is"]),
+    (["resume=nowhere"], ["nowhere"]),
+    (["model.bottom_mlp=[64,8]"], ["bottom_mlp"]),
+]
+
+
+@pytest.mark.parametrize("arguments, words", REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_refused_with_the_key_and_what_is_allowed(arguments, words, cli):
+    status, out, err = cli(*SMALL, *arguments)
+    assert status == 2
+    message = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert all(word in message for word in words), message
+    assert "Traceback" not in err
+
+
+def test_every_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(cli):
+    keys = [*train.keys_below(""), *(f"trainer.{key}" for key in train.keys_below("trainer"))]
+    keys = [key for key in keys if key not in ("features", "trainer")]
+    right = 0
+    for key in keys:
+        middle = len(key) - len(key.rpartition(".")[2]) // 2 - 1
+        status, _, err = cli(f"{key[:middle]}{key[middle + 1 :]}=1")
+        assert status == 2, key
+        right += bool(re.search(rf"did you mean {key.rpartition('.')[2]}\?", err))
+    assert right >= 0.95 * len(keys)
+
+
+def test_misspelt_key_is_refused_by_the_real_process_with_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "compresion=0.1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "did you mean compression?" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
