@@ -690,6 +690,14 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   return out;
 }
 
+void raise_noted(const Tensor& weights, std::string features) {
+  const Launch launch(weights);
+  check(cudaStreamSynchronize(launch.stream()));
+  Call call;
+  call.features = features;
+  bad_id_of(call);
+}
+
 }  // namespace
 }  // namespace embeddings
 
@@ -698,4 +706,5 @@ STABLE_TORCH_LIBRARY_IMPL(embeddings, CUDA, m) {
   m.impl("bag_backward", TORCH_BOX(&embeddings::bag_backward));
   m.impl("bag_backward_rows", TORCH_BOX(&embeddings::bag_backward_rows));
   m.impl("bag_backward_sample_weights", TORCH_BOX(&embeddings::bag_backward_sample_weights));
+  m.impl("raise_noted", TORCH_BOX(&embeddings::raise_noted));
 }

@@ -44,6 +44,7 @@ class Evaluation:
                 rows = slice(num_done, num_done + len(labels))
                 self.scores[rows], self.labels[rows] = logits, labels
             num_done += len(labels)
+        model.embeddings.raise_noted()
         model.train(was_training)
 
     def values(self) -> tuple[dict[str, float], dict[str, str]]:

@@ -163,6 +163,7 @@ class Trainer:
 
     def _add_training(self) -> None:
         loss = self.loss_sum.item() / self.num_losses  # the only wait for the device
+        self.model.embeddings.raise_noted()
         self.loss_sum.zero_()
         self.num_losses = 0
         now, (last_time, last_samples) = time.perf_counter() - self.eval_seconds, self.last_log

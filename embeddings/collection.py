@@ -72,6 +72,11 @@ class EmbeddingBags(nn.Module):
         vectors = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return vectors if self._where is None else vectors.index_select(1, self._where)
 
+    def raise_noted(self) -> None:
+        """Wait for the device and raise RuntimeError if its kernels met a bad id; the CPU raises at once."""
+        for slab in self.slabs:
+            slab.raise_noted()
+
     def num_bytes(self) -> int:
         """embedding_bytes: every parameter and every buffer that the embeddings keep."""
         return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])

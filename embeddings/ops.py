@@ -4,6 +4,7 @@
     torch.ops.embeddings.bag_backward                 gradient of the whole slab
     torch.ops.embeddings.bag_backward_rows            gradient of the touched slots only
     torch.ops.embeddings.bag_backward_sample_weights  gradient of the per-sample weights
+    torch.ops.embeddings.raise_noted                  wait for the device, raise what its kernels noted
 
 Arguments, in this order everywhere (Python, C++, CUDA):
     weights [S, Z]     the slab; dim D is a multiple of Z
@@ -14,6 +15,7 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     index_map, pooling, accumulate: the numbers below;  features: the names, for errors,
     with reference.SEPARATOR between them
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
+On CUDA kernels skip such an id and note it: the next call on the same features raises, or raise_noted at once.
 """
 
 from enum import IntEnum
@@ -70,10 +72,13 @@ define(
     f"(Tensor grad, Tensor weights, {_BATCH}, Tensor tables, {_HOW}, str features) -> Tensor",
 )
 
+define("embeddings::raise_noted", "(Tensor weights, str features) -> ()")
+
 impl("embeddings::bag", "CompositeExplicitAutograd", reference.bag)
 impl("embeddings::bag_backward", "CompositeExplicitAutograd", reference.bag_backward)
 impl("embeddings::bag_backward_rows", "CompositeExplicitAutograd", reference.bag_backward_rows)
 impl("embeddings::bag_backward_sample_weights", "CompositeExplicitAutograd", reference.bag_backward_sample_weights)
+impl("embeddings::raise_noted", "CompositeExplicitAutograd", lambda weights, features: None)  # the CPU raises at once
 
 
 @register_fake("embeddings::bag")

@@ -66,6 +66,10 @@ class Slab(nn.Module):
             self._features,
         )
 
+    def raise_noted(self) -> None:
+        """Wait for the device and raise RuntimeError if its kernels met a bad id; the CPU raises at once."""
+        torch.ops.embeddings.raise_noted(self.weight.detach(), self._features)
+
     def feature_table(self, extra_bytes: int) -> list[dict]:
         """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, compression.
 

@@ -44,6 +44,9 @@ class StandInBags(nn.Module):
             vectors.append(bag(ids[bounds[0] : bounds[-1]], bounds[:-1] - bounds[0]))
         return torch.stack(vectors, dim=1)  # [B, F, D]
 
+    def raise_noted(self) -> None:
+        pass
+
     def num_bytes(self) -> int:
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 

@@ -16,8 +16,12 @@ BAD_IDS = [-1, 20, 21, 2**31, 2**40, 2**63 - 1, -(2**63)]
 
 def call(case: Case, kernels, name: str, grad=None):
     if name == "forward":
-        return case.forward(kernels, SUM)
-    return getattr(case, name)(kernels, case.random_grad() if grad is None else grad, SUM)
+        result = case.forward(kernels, SUM)
+    else:
+        result = getattr(case, name)(kernels, case.random_grad() if grad is None else grad, SUM)
+    if case.weights.is_cuda and kernels is not reference:
+        kernels.raise_noted(case.weights, case.features)  # a CUDA kernel notes, so that no call need wait for it
+    return result
 
 
 def dense_case(*, index_map=DENSE, **how):
