@@ -4,16 +4,14 @@ python train.py embedding=hashed compression=0.1
 """
 
 import contextlib
-import difflib
-import inspect
-import itertools
 import os
 
 # Before torch starts its threads: a waiting thread sleeps instead of spinning. On an idle machine that costs little;
 # beside other processes spinning costs most of the speed (2 cores, one of them busy: 14,000 against 95,000 samples/s).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic=true needs of cuBLAS
 
-import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,23 +20,19 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dlrm import checkpoint
 from dlrm.log import RunLog
 from dlrm.memory import format_bytes, reset_peak
+from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
 from dlrm.run_folder import config_hash, git_commit, make_run_folder
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
 from embeddings import Dense, EmbeddingBags, native, seed_of
 from embeddings.backend import Backend
-
-CONF = Path(__file__).resolve().parent / "conf"
-
-
-class ConfigError(Exception):
-    """What the user asked for cannot be done; the message names the key, the value and what is allowed."""
 
 
 def main() -> int:
@@ -47,12 +41,13 @@ def main() -> int:
     # cached: hydra asks for the folder more than once, and must get the same one
     OmegaConf.register_new_resolver("unique_folder", unique_folder, use_cache=True, replace=True)
     try:
+        check_folders(sys.argv[1:])
         run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
-    except FloatingPointError as error:  # the summary is written and says so too
+    except (FloatingPointError, OSError) as error:  # diverged, or a disk that is full or not ours to write
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -73,30 +68,47 @@ def run(composed) -> None:
     config = OmegaConf.to_container(composed, resolve=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
     (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    if train(config, folder)["status"] == "interrupted":
+    try:
+        summary = train(config, folder)
+    except ConfigError:
+        if not (folder / "metrics.jsonl").exists():  # nothing but the refused config: leave no folder behind
+            shutil.rmtree(folder / ".hydra", ignore_errors=True)
+            (folder / "resolved.yaml").unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    if summary["status"] == "interrupted":
         raise KeyboardInterrupt  # ends a sweep too
 
 
 def train(config: dict, folder: Path) -> dict:
-    """Build everything that `config` names, train, return the summary. Raises ConfigError before any row is read."""
-    reset_peak(config["device"] if torch.cuda.is_available() else "cpu")
+    """Build everything that `config` names, train, return the summary.
+
+    Raises ConfigError, before any row is read for whatever can be told without: all but the ratios out of reach.
+    """
     with refusals():
         check_root(config)
+        check_keys("trainer", TrainerSettings, {**config["trainer"]})
         settings = TrainerSettings(
             **config["trainer"], **{key: config[key] for key in ("precision", "device", "deterministic")}
         )
-        dataset = instantiate(config["data"])
+        reset_peak(config["device"])
+        dataset = build("data", config["data"])
         backends = Backends(config, dataset.feature_names)
         make_dense, make_embedding = optimizers(config["optimizer"])
+        make_model = build("model", config["model"])
+        make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
+        if config["resume"] is not None:
+            checkpoint.read_counters(config["resume"])
         native.load(config["native"])
-    with refusals():  # some ratios and widths can only be judged once the number of ids is known
+    with refusals():
         dataset.prepare(backends.take_any_id(dataset.feature_names))
         chosen = backends.choose(dataset.cardinalities)
         dataset.prepare({feature for feature, backend in chosen.items() if not backend.ranged})
         bags = EmbeddingBags(chosen, dataset.cardinalities, pooling=config["pooling"], seed=config["seed"])
         torch.manual_seed(seed_of(config["seed"], "model"))
-        model = instantiate(config["model"])(bags, len(dataset.dense_names)).to(config["device"])
-        log = RunLog(folder, facts=facts(config), hparams=hparams(config), resume_step=None)
+        model = make_model(bags, len(dataset.dense_names)).to(config["device"])
+        log = RunLog(folder, facts=facts(config), hparams=hparams(config))
     print_plan(dataset, bags)
     trainer = Trainer(
         model,
@@ -105,6 +117,7 @@ def train(config: dict, folder: Path) -> dict:
         embedding_optimizer=make_embedding(bags.parameters()),
         settings=settings,
         log=log,
+        identity=identity(config),
     )
     if config["resume"] is not None:
         with refusals():
@@ -135,6 +148,11 @@ class Backends:
         if isinstance(self.default, Dense) and config["compression"] != 1:
             print(f"embedding=dense keeps every row: compression={config['compression']:g} does not apply to it")
 
+    def stand_in(self, feature_names: list[str], config: dict) -> EmbeddingBags:
+        """Embeddings of one row per feature, for the model's constructor to judge its own configuration by."""
+        tiny = {feature: self.dense for feature in feature_names}
+        return EmbeddingBags(tiny, dict.fromkeys(tiny, 1), pooling=config["pooling"], seed=config["seed"])
+
     def take_any_id(self, feature_names: list[str]) -> set[str]:
         """The features that might get a backend without an upper limit of ids."""
         return {f for f in feature_names if not self.named.get(f, self.default).ranged}
@@ -147,17 +165,8 @@ class Backends:
 
 def backend(key: str, node: dict) -> Backend:
     """The backend of a config node; its hyperparameters are checked, unknown ones refused by name."""
-    make = instantiate(node)
-    allowed = [name for name in inspect.signature(make.func).parameters]
-    for name in make.keywords:
-        if name not in allowed:
-            raise ConfigError(
-                f"{key}.{name}: {make.func.__name__} has no such key; it has {some(allowed)}" + near(name, allowed)
-            )
-    try:
-        return make()
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: {error}") from error
+    with refusals(f"{key}: "):
+        return build(key, node)()
 
 
 def optimizers(node: dict) -> tuple:
@@ -169,19 +178,26 @@ def optimizers(node: dict) -> tuple:
                 f"(the embeddings' gradients are rows, which only embeddings.optim can take)"
             )
         check_number(f"optimizer.{part}.lr", node[part].get("lr"), 0, float("inf"))
-    makers = instantiate(node["dense"]), instantiate(node["embedding"])
+    makers = build("optimizer.dense", node["dense"]), build("optimizer.embedding", node["embedding"])
     for part, make in zip(("dense", "embedding"), makers, strict=True):
-        with refusals(f"optimizer.{part}: "):
-            make([torch.zeros(1, 1, requires_grad=True)])  # the constructor judges its own hyperparameters
+        weight = torch.zeros(1, 1, requires_grad=True)
+        weight.grad = torch.zeros(1, 1)
+        try:
+            make([weight]).step()  # the optimizer judges its own hyperparameters
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"optimizer.{part}: {error}") from error
     return makers
 
 
 def check_root(config: dict) -> None:
     """Keys, types and ranges of the root. What belongs to a component is checked by it."""
-    allowed = [*(key for key in OmegaConf.load(CONF / "config.yaml") if key not in ("defaults", "hydra")), *groups()]
+    allowed = [*keys_below(""), *groups()]
     for key in config:
         if key not in allowed:
             raise ConfigError(f"{key} is no key; the keys are {some(allowed)}" + near(key, allowed))
+    for key in ("features", "trainer"):
+        if not isinstance(config[key], dict):
+            raise ConfigError(f"{key}={config[key]}: must be a group of keys, {key}.NAME=...")
     check_number("compression", config["compression"], 0, 1)
     check_number("dense_below", config["dense_below"], 0, float("inf"), whole=True)
     check_number("seed", config["seed"], 0, 2**63 - 1, whole=True)
@@ -195,13 +211,6 @@ def check_root(config: dict) -> None:
     atomic = [config["embedding"], *config["features"].values()]
     if config["deterministic"] and any(isinstance(n, dict) and n.get("accumulate") == "atomic" for n in atomic):
         raise ConfigError("deterministic=true: accumulate=atomic does not repeat; use accumulate=rows or sorted")
-
-
-def check_number(key: str, value, low: float, high: float, *, whole: bool = False) -> None:
-    kind = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        span = f"{low} to {high}" if high < float("inf") else f"at least {low}"
-        raise ConfigError(f"{key}={value}: must be a {'whole ' if whole else ''}number, {span}")
 
 
 def print_plan(dataset, bags: EmbeddingBags) -> None:
@@ -228,13 +237,30 @@ def facts(config: dict) -> dict:
     }
 
 
+def identity(config: dict) -> dict:
+    """What a run must have equal to be resumed: what decides weights and samples, but not where files lie."""
+    data = {
+        key: value for key, value in config["data"].items() if key not in ("path", "cache", "memory_limit", "on_error")
+    }
+    same = ("model", "embedding", "features", "compression", "dense_below", "pooling", "seed")
+    return {key: config[key] for key in same} | {"data": data, "batch_size": config["trainer"]["batch_size"]}
+
+
 def hparams(config: dict) -> dict:
-    """The flat choices that TensorBoard compares runs by."""
+    """The flat choices that TensorBoard compares runs by: every number and word of the config but the data's own."""
     chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     names = {group: chosen[group] for group in groups() if chosen.get(group)}
-    plain = {key: config[key] for key in ("compression", "dense_below", "pooling", "seed", "precision", "device")}
-    rates = {f"lr/{part}": config["optimizer"][part]["lr"] for part in ("dense", "embedding")}
-    return names | plain | rates | {"batch_size": config["trainer"]["batch_size"]}
+
+    def flat(node: dict, prefix: str = "") -> dict:
+        found = {}
+        for key, value in node.items():
+            if isinstance(value, dict):
+                found |= flat(value, f"{prefix}{key}.")
+            elif not key.startswith("_") and value is not None:
+                found[prefix + key] = value
+        return found
+
+    return names | flat({key: value for key, value in config.items() if key not in ("data", "resume")})
 
 
 # --- refusing what cannot be done ------------------------------------------------------------------------------------
@@ -247,49 +273,29 @@ def refusals(prefix: str = ""):
         yield
     except InstantiationException as error:
         raise ConfigError(f"{prefix}{error.__cause__ or error}") from error
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{prefix}{error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("native="):
+            raise
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def explain(error: Exception) -> str:
-    """Hydra's refusal in one line, with what is allowed and the nearest valid spelling."""
-    text = str(error)
-    if option := re.search(r"Could not find '(.+)/([^/']+)'", text):
-        group, name = option.groups()
-        allowed = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        return f"{group}={name}: must be one of {some(allowed)}" + near(name, allowed)
-    if key := re.search(r"Could not override '([^']+)'", text):
-        path = key.group(1).split("@")[0]
-        parent, _, name = path.rpartition(".")
-        allowed = [*keys_below(parent), *(groups() if not parent else [])] or keys_below("")
-        return f"{path} is no key; {parent or 'the root'} has {some(allowed)}" + near(name, allowed)
-    return text.splitlines()[0] if text else repr(error)
+def build(key: str, node: dict):
+    """hydra's instantiate, after checking that the target has every key of the node."""
+    check_keys(key, get_object(node["_target_"]), node)
+    for name, child in node.items():
+        if isinstance(child, dict) and "_target_" in child:
+            check_keys(f"{key}.{name}", get_object(child["_target_"]), child)
+    return instantiate(node)
 
 
-def keys_below(parent: str) -> list[str]:
-    """Keys that some choice of config puts under `parent`."""
-    group, *rest = parent.split(".") if parent else [None]
-    files = [CONF / "config.yaml"]
-    if group in groups():
-        files = [*(CONF / group).glob("*.yaml"), *(CONF / group / (rest[0] if rest else "")).glob("*.yaml")]
-        parent = ".".join(rest) if not (CONF / group / (rest[0] if rest else "?")).is_dir() else ""
-    found = (OmegaConf.select(OmegaConf.load(file), parent) if parent else OmegaConf.load(file) for file in files)
-    keys = itertools.chain.from_iterable(node.keys() for node in found if OmegaConf.is_dict(node))
-    return [key for key in dict.fromkeys(keys) if key not in ("defaults", "hydra") and not str(key).startswith("_")]
-
-
-def groups() -> list[str]:
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
-
-
-def near(name: object, allowed) -> str:
-    matches = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1)
-    return f" - did you mean {matches[0]}?" if matches else ""
-
-
-def some(names) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names) if len(names) <= 40 else f"{', '.join(names[:40])}, ... ({len(names)} in all)"
+def check_folders(arguments: list[str]) -> None:
+    """Runs are never overwritten. This comes before hydra starts, since hydra writes .hydra into the folder."""
+    for argument in arguments:
+        key, _, folder = argument.partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and any(Path(folder).glob("*")):
+            raise ConfigError(f"{argument}: that folder is not empty, and runs are not overwritten; name a new one")
 
 
 if __name__ == "__main__":

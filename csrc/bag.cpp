@@ -43,7 +43,7 @@ void check_tables(const Call& call) {
   int64_t end = 0;
   for (int64_t f = 0; f < call.at.num_tables; ++f) {
     const Table& table = call.at.tables[f];
-    if (table.position < 0 || (call.num_bags > 0 && table.position >= call.num_bags / call.at.batch_size)) {
+    if (table.position < 0 || (call.at.num_bags > 0 && table.position >= call.at.num_bags / call.at.batch_size)) {
       fail("the batch has no bags for feature ", call.feature(f), " at position ", table.position);
     }
     const int64_t needed = Map::ranged ? table.num_embeddings : 1;
@@ -59,7 +59,7 @@ void check_tables(const Call& call) {
 // Offsets that pass bag by bag must also cover all ids.
 void check_cover(const Call& call) {
   if (!call.offsets) return;
-  const int64_t first = call.at.offsets[0], last = call.at.offsets[call.num_bags];
+  const int64_t first = call.at.offsets[0], last = call.at.offsets[call.at.num_bags];
   if (first != 0 || last != call.at.num_ids) {
     fail("offsets must begin with 0 and end with the number of ids, ", call.at.num_ids, ", not ", first, " and ", last);
   }
@@ -320,7 +320,7 @@ SortedTable sort_table(const Call& call, int64_t f, FirstError& error) {
   if (B == 0) return sorted;
   sorted.first = call.at.begin(f, 0);
   const int64_t last = call.at.end(f, B - 1);
-  if (last >= sorted.first && last <= call.at.num_ids) {
+  if (sorted.first >= 0 && last >= sorted.first && last <= call.at.num_ids) {
     sorted.bags.reserve(last - sorted.first);
     sorted.touches.reserve((last - sorted.first) * call.chunks);
   }
@@ -405,12 +405,6 @@ void with_kernel(const Call& call, int64_t index_map, Function function) {
   });
 }
 
-void check_grad(const Call& call, const Tensor& grad) {
-  require(grad.dim() == 3 && grad.size(0) == call.at.batch_size && grad.size(1) == call.at.num_tables &&
-              grad.size(2) == call.dim && grad.scalar_type() == call.weights.scalar_type(),
-          "grad must be [B, F, D], of the weights' dtype");
-}
-
 // --- the operators: arguments as in embeddings/ops.py -------------------------------------------------------------
 
 Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
@@ -428,9 +422,7 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
 Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
                     std::optional<Tensor> sample_weights, const Tensor& tables, int64_t index_map, int64_t pooling,
                     bool /*atomic: on the CPU the sorted sum serves both*/, std::string features) {
-  const Call call =
-      make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(2), pooling, features);
-  check_grad(call, grad);
+  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, pooling, features);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.num_slots, call.width});
   with_kernel(call, index_map, [&](auto weight, auto map, auto piece) {
@@ -458,9 +450,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
                                              std::optional<Tensor> offsets, std::optional<Tensor> sample_weights,
                                              const Tensor& tables, int64_t index_map, int64_t pooling,
                                              std::string features) {
-  const Call call =
-      make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(2), pooling, features);
-  check_grad(call, grad);
+  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, pooling, features);
   const Tensor dense = torch::stable::contiguous(grad);
   std::optional<Tensor> slots, values;
   with_kernel(call, index_map, [&](auto weight, auto map, auto piece) {
@@ -494,9 +484,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
 Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                    std::optional<Tensor> offsets, const Tensor& tables, int64_t index_map,
                                    int64_t pooling, std::string features) {
-  const Call call =
-      make_call(weights, ids, offsets, std::nullopt, tables, grad.size(0), grad.size(2), pooling, features);
-  check_grad(call, grad);
+  const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, pooling, features);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});
   with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {

@@ -41,9 +41,9 @@ BadId* bad_id_of(const Call& call) {
     check(cudaHostAlloc(reinterpret_cast<void**>(&record), sizeof(BadId), cudaHostAllocMapped | cudaHostAllocPortable));
     *record = BadId{};
   }
-  if (static_cast<volatile BadId*>(record)->state == 2) {
+  if (__atomic_load_n(&record->state, __ATOMIC_ACQUIRE) == 2) {
     const BadId bad = *record;
-    *record = BadId{};
+    __atomic_store_n(&record->state, 0, __ATOMIC_RELEASE);  // last: from here on a kernel may write it again
     if (bad.is_id) call.fail_id(bad.table, bad.place, bad.first, bad.second);
     call.fail_offsets(bad.table, bad.place, bad.first, bad.second);
   }
@@ -57,7 +57,16 @@ __device__ void note(BadId* bad, int64_t table, int64_t place, int64_t first, in
   atomicExch_system(&bad->state, 2);
 }
 
+// Also notes, once per feature, a feature that the batch has no bags for, and offsets that do not cover all ids.
 __device__ bool valid_bag(const Ids& at, int64_t f, int64_t b, BadId* bad) {
+  const int64_t position = at.tables[f].position;
+  if (position < 0 || (position + 1) * at.batch_size > at.num_bags) {
+    note(bad, f, b, position, at.num_bags / at.batch_size, false);
+    return false;
+  }
+  if (b == 0 && at.offsets && (at.offsets[0] != 0 || at.offsets[at.num_bags] != at.num_ids)) {
+    note(bad, f, b, at.offsets[0], at.offsets[at.num_bags], false);
+  }
   const int64_t begin = at.begin(f, b), end = at.end(f, b);
   if (begin >= 0 && begin <= end && end <= at.num_ids) return true;
   note(bad, f, b, begin, end, false);
@@ -160,10 +169,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t num_bags = at.num_tables * at.batch_size;
   for (int64_t bag = group_index(shape); bag < num_bags; bag += num_groups(shape)) {
     const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
-    if (!valid_bag(at, f, b, bad)) continue;
+    const bool valid = valid_bag(at, f, b, bad);
     const Table table = at.tables[f];
-    const int64_t begin = at.begin(f, b), end = at.end(f, b);
-    const real divisor = at.divisor<real>(f, b, shape.pooling);
+    const int64_t begin = valid ? at.begin(f, b) : 0, end = valid ? at.end(f, b) : 0;  // a bad bag gives zeros
+    const real divisor = valid ? at.divisor<real>(f, b, shape.pooling) : real(1);
     for (int64_t d = lane_index(shape) * kVector; d < shape.dim; d += shape.lanes * kVector) {
       OrderedSum<real, kVector> sum;
       real best[kVector], v[kVector];
@@ -559,12 +568,6 @@ void scan_starts(const Launch& launch, const Call& call, const SortedTouches& so
   });
 }
 
-void check_grad(const Call& call, const Tensor& grad) {
-  require(grad.dim() == 3 && grad.size(0) == call.at.batch_size && grad.size(1) == call.at.num_tables &&
-              grad.size(2) == call.dim && grad.scalar_type() == call.weights.scalar_type(),
-          "grad must be [B, F, D], of the weights' dtype");
-}
-
 // --- the operators: arguments as in embeddings/ops.py
 // -----------------------------------------------------------------
 
@@ -614,9 +617,7 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
                     std::optional<Tensor> sample_weights, const Tensor& tables, int64_t index_map, int64_t pooling,
                     bool atomic, std::string features) {
   const Launch launch(weights);
-  const Call call =
-      make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(2), pooling, features);
-  check_grad(call, grad);
+  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, pooling, features);
   BadId* bad = bad_id_of(call);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.num_slots, call.width});
@@ -639,9 +640,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
                                              const Tensor& tables, int64_t index_map, int64_t pooling,
                                              std::string features) {
   const Launch launch(weights);
-  const Call call =
-      make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(2), pooling, features);
-  check_grad(call, grad);
+  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, pooling, features);
   BadId* bad = bad_id_of(call);
   const Tensor dense = torch::stable::contiguous(grad);
   std::optional<Tensor> slots, values;
@@ -675,9 +674,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
                                    std::optional<Tensor> offsets, const Tensor& tables, int64_t index_map,
                                    int64_t pooling, std::string features) {
   const Launch launch(weights);
-  const Call call =
-      make_call(weights, ids, offsets, std::nullopt, tables, grad.size(0), grad.size(2), pooling, features);
-  check_grad(call, grad);
+  const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, pooling, features);
   BadId* bad = bad_id_of(call);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});

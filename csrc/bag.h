@@ -49,6 +49,7 @@ struct Ids {
   const int64_t* offsets;  // [num_features_of_the_batch * B + 1]
   const Table* tables;     // [F]
   int64_t num_ids;         // N
+  int64_t num_bags;        // of all the batch's features
   int64_t batch_size;      // B
   int64_t num_tables;      // F
 
@@ -73,7 +74,7 @@ struct Ids {
 struct Call {
   Tensor weights, ids, tables;
   std::optional<Tensor> offsets, sample_weights;
-  int64_t num_bags, num_slots, width, dim, chunks, pooling;  // num_bags: of all the batch's features
+  int64_t num_slots, width, dim, chunks, pooling;
   Ids at;
   std::string features;  // names, for errors, with kSeparator between them
 
@@ -98,6 +99,10 @@ inline void require(bool condition, const char* what) {
   if (!condition) fail(what);
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 // Checks everything that can be told without looking at ids; embeddings/reference.py checks the same in the same order.
 inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optional<Tensor>& offsets,
                       const std::optional<Tensor>& sample_weights, const Tensor& tables, int64_t batch_size,
@@ -108,6 +113,9 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
           "tables must be int64 [F, 5]");
   require(ids.dim() == 1, "ids must be 1-D");
   require(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int, "ids must be int32 or int64");
+  require(same_device(ids, weights) && same_device(tables, weights) && (!offsets || same_device(*offsets, weights)) &&
+              (!sample_weights || same_device(*sample_weights, weights)),
+          "ids, offsets, per_sample_weights and tables must be on the weights' device");
   require(pooling == kSum || pooling == kMean || pooling == kMax, "pooling must be 0 (sum), 1 (mean) or 2 (max)");
   if (offsets) {
     require(offsets->dim() == 1 && offsets->scalar_type() == ScalarType::Long && offsets->numel() > 0,
@@ -128,7 +136,6 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
   call.tables = torch::stable::contiguous(tables);
   if (offsets) call.offsets = torch::stable::contiguous(*offsets);
   if (sample_weights) call.sample_weights = torch::stable::contiguous(*sample_weights);
-  call.num_bags = num_bags;
   call.num_slots = weights.size(0);
   call.width = weights.size(1);
   call.dim = dim;
@@ -141,9 +148,20 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
                 offsets ? call.offsets->const_data_ptr<int64_t>() : nullptr,
                 reinterpret_cast<const Table*>(call.tables.const_data_ptr<int64_t>()),
                 ids.numel(),
+                num_bags,
                 batch_size,
                 tables.size(0)};
   return call;
+}
+
+// The call of a gradient: its sizes come from grad [B, F, D].
+inline Call make_backward_call(const Tensor& grad, const Tensor& weights, const Tensor& ids,
+                               const std::optional<Tensor>& offsets, const std::optional<Tensor>& sample_weights,
+                               const Tensor& tables, int64_t pooling, const std::string& features) {
+  require(grad.dim() == 3 && tables.dim() == 2 && grad.size(1) == tables.size(0) &&
+              grad.scalar_type() == weights.scalar_type() && same_device(grad, weights),
+          "grad must be [B, F, D], of the weights' dtype and on their device");
+  return make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(2), pooling, features);
 }
 
 // Calls function(weight_t{}) for the dtype of the weights.

@@ -1,4 +1,4 @@
-// Which weights an id reads: integer arithmetic only, one source for bag.cpp and bag.cu; embeddings/reference.py holds
+// Which weights an id reads: integer arithmetic only, one source for bag.cpp and bag.cu; embeddings/index_map.py holds
 // the twin in torch int64. A slab of weights is [num_slots, width]; a vector of dim numbers is dim / width chunks, and
 // a map says which slot chunk c of an id is. Every map is a struct with:
 //   ranged                  true if only ids 0 <= id < num_embeddings have weights
@@ -16,7 +16,7 @@
 
 namespace embeddings {
 
-// One row of the int64 tensor `tables` [F, 5]; the columns are named in embeddings/slab.py.
+// One row of the int64 tensor `tables` [F, 5]; the columns are named in embeddings/index_map.py.
 struct Table {
   int64_t position;        // the feature's place in the batch
   int64_t first_slot;      // where its slice of the slab begins

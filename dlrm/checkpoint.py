@@ -12,24 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT = 1  # of the manifest: raised when an old reader would misread a new checkpoint
 MANIFEST = "manifest.json"
+KEYS = ("format", "counters", "files", "optimizers")  # of the manifest
+REPLACED = ".tmp-old-"  # before the name of a checkpoint that is about to be replaced
 
 
 def save(folder: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], counters: dict) -> Path:
     """Writes folder/step_<counters["step"]> and returns it. counters: JSON values; what the training loop goes on from.
 
-    Raises OSError before writing when the disk has not the space.
+    Raises OSError, with the bytes needed and free, when it cannot be written; what was there is still there.
     """
     states = {name: _split(optimizer) for name, optimizer in optimizers.items()}
     files = {"model": dict(model.state_dict())} | {name: tensors for name, (tensors, _) in states.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_space(folder, sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values()))
-    with _appear(folder / f"step_{counters['step']:09d}") as temporary:
+    num_bytes = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+    with _named_errors(folder, num_bytes), _appear(folder / f"step_{counters['step']:09d}") as temporary:
         manifest = {"format": FORMAT, "counters": counters, "files": {}, "optimizers": {}}
         for name, tensors in files.items():
             path = temporary / f"{name}.safetensors"
@@ -53,6 +56,7 @@ def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimiz
     path = find(path)
     manifest = _read_manifest(path)
     _check_same_run(path, manifest, model, optimizers)
+    targets = {name: _targets(path, name, manifest, optimizer) for name, optimizer in optimizers.items()}
     for name, entry in manifest["files"].items():
         file = path / f"{name}.safetensors"
         if not file.exists() or _sha256(file) != entry["sha256"]:
@@ -60,17 +64,10 @@ def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimiz
     _read_into(path / "model.safetensors", model.state_dict())
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        targets = {}
-        for key, (dtype, shape) in manifest["files"][name]["tensors"].items():
-            state, entry = optimizer.state[parameters[_index(key)]], _entry(key)
-            if entry not in state:  # made by the first step of most optimizers; counts of steps live on the CPU
-                device = parameters[_index(key)].device if shape else "cpu"
-                state[entry] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-            targets[key] = state[entry]
-        _check_layout(path, name, manifest["files"][name]["tensors"], targets)
-        _read_into(path / f"{name}.safetensors", targets)
-        for key, value in manifest["optimizers"][name]["scalars"].items():
-            optimizer.state[parameters[_index(key)]][_entry(key)] = value
+        _read_into(path / f"{name}.safetensors", targets[name])
+        for key, value in (targets[name] | manifest["optimizers"][name]["scalars"]).items():
+            index, entry = _key(key)
+            optimizer.state[parameters[index]][entry] = value
     return manifest["counters"]
 
 
@@ -99,12 +96,28 @@ def _split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[st
     return tensors, {key: value for key, value in flat.items() if key not in tensors}
 
 
-def _index(key: str) -> int:
-    return int(key.split(".", 1)[0])
+def _key(key: str) -> tuple[int, str]:
+    """Index of the parameter and name of the entry: what `_split` has joined."""
+    index, entry = key.split(".", 1)
+    return int(index), entry
 
 
-def _entry(key: str) -> str:
-    return key.split(".", 1)[1]
+def _targets(path: Path, name: str, manifest: dict, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Where to read an optimizer's tensors: its own, or new ones. Raises ValueError if they are not the saved ones."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved, targets = manifest["files"][name]["tensors"], _split(optimizer)[0]
+    for key in [*saved, *manifest["optimizers"][name]["scalars"]]:
+        if _key(key)[0] >= len(parameters):
+            raise ValueError(
+                f"resume={path}: {name} has {len(parameters)} parameters in this run, too few for the saved '{key}'"
+            )
+    for key, (dtype, shape) in saved.items():
+        if key not in targets:
+            # made by the first step of most optimizers; counts of steps live on the CPU
+            device = parameters[_key(key)[0]].device if shape else "cpu"
+            targets[key] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    _check_layout(path, name, saved, targets)
+    return targets
 
 
 def _read_manifest(path: Path) -> dict:
@@ -112,6 +125,9 @@ def _read_manifest(path: Path) -> dict:
         manifest = json.loads((path / MANIFEST).read_text())
     except ValueError as error:
         raise ValueError(f"resume={path}: {MANIFEST} is damaged: {error}") from None
+    missing = [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]
+    if missing:  # a folder of prepared data has a manifest.json too
+        raise ValueError(f"resume={path}: no checkpoint: its {MANIFEST} has no {', '.join(missing)}")
     if manifest["format"] != FORMAT:
         raise ValueError(f"resume={path}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
     return manifest
@@ -156,29 +172,46 @@ def _read_into(path: Path, targets: dict[str, Tensor]) -> None:
                 target.detach().copy_(host)
 
 
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(f"{folder}: the checkpoint needs {num_bytes:,} bytes, the disk has {free:,} free")
+@contextmanager
+def _named_errors(folder: Path, num_bytes: int) -> Iterator[None]:
+    """Makes any error of writing an OSError that says how many bytes are needed and free; raises it now if too few."""
+
+    def needs() -> str:
+        return f"the checkpoint needs {num_bytes:,} bytes, the disk has {shutil.disk_usage(folder).free:,} free"
+
+    if shutil.disk_usage(folder).free < num_bytes:
+        raise OSError(f"{folder}: {needs()}")
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors: what its writer says of a full disk
+        raise OSError(f"{folder}: {error}; {needs()}") from error
 
 
 @contextmanager
 def _appear(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes path, all or nothing, when the block ends without an error."""
-    for litter in path.parent.glob(".tmp-*"):  # of a run that was killed here
-        shutil.rmtree(litter)
-    temporary, replaced = path.with_name(f".tmp-{path.name}"), path.with_name(f".tmp-old-{path.name}")
+    _tidy(path.parent)  # after a run that was killed here
+    temporary = path.with_name(f".tmp-{path.name}")
     temporary.mkdir()
     try:
         yield temporary
         _sync(temporary)
         if path.exists():
-            path.rename(replaced)
+            path.rename(path.with_name(f"{REPLACED}{path.name}"))
         temporary.rename(path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _tidy(path.parent)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a save that did not end has left; a replaced checkpoint comes back if the new one is not there."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        path = folder / replaced.name.removeprefix(REPLACED)
+        if not path.exists():
+            replaced.rename(path)
+    for litter in folder.glob(".tmp-*"):
+        shutil.rmtree(litter, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,29 +24,13 @@ def predict(model: DLRM, batch: "Batch", settings: TrainerSettings) -> tuple[Ten
         return model(batch.dense, batch.ids, batch.offsets), batch.labels
 
 
+@dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a model on a split, by one pass over it; `check` is called before each batch, and may raise."""
+    """What a pass over a split found. scores, labels: [N], kept only for `exact_values`; else [0]."""
 
-    @torch.no_grad()
-    def __init__(self, model: DLRM, dataset, split: str, *, settings: TrainerSettings, check: Callable, exact: bool):
-        """exact: keeps every score, 5 bytes per sample, for `exact_values`."""
-        num_samples = dataset.num_samples[split] if exact else 0
-        self.metrics = Metrics(settings.device)
-        self.scores = torch.empty(num_samples)
-        self.labels = torch.empty(num_samples, dtype=torch.uint8)
-        num_done = 0
-        was_training = model.training
-        model.eval()
-        for batch in dataset.batches(split, settings.eval_batch_size):
-            check()
-            logits, labels = predict(model, batch, settings)
-            self.metrics.update(logits, labels)
-            if exact:
-                rows = slice(num_done, num_done + len(labels))
-                self.scores[rows], self.labels[rows] = logits, labels
-            num_done += len(labels)
-        model.embeddings.raise_noted()
-        model.train(was_training)
+    metrics: Metrics
+    scores: Tensor
+    labels: Tensor
 
     def values(self) -> tuple[dict[str, float], dict[str, str]]:
         """The streaming metrics, and why those that are NaN are so."""
@@ -65,3 +50,28 @@ class Evaluation:
             if math.isnan(values["auc"]):
                 reasons["share_of_best_auc"] = reasons["auc"]
         return values, reasons
+
+
+@torch.no_grad()
+def evaluate(
+    model: DLRM, dataset, split: str, *, settings: TrainerSettings, check: Callable[[], None], exact: bool
+) -> Evaluation:
+    """The metrics of a model on a split, by one pass over it; `check` is called before each batch, and may raise.
+
+    exact: keeps every score, 5 bytes per sample, for `Evaluation.exact_values`.
+    """
+    num_kept, num_done = dataset.num_samples[split] if exact else 0, 0
+    found = Evaluation(Metrics(settings.device), torch.empty(num_kept), torch.empty(num_kept, dtype=torch.uint8))
+    was_training = model.training
+    model.eval()
+    for batch in dataset.batches(split, settings.eval_batch_size):
+        check()
+        logits, labels = predict(model, batch, settings)
+        found.metrics.update(logits, labels)
+        if exact:
+            rows = slice(num_done, num_done + len(labels))
+            found.scores[rows], found.labels[rows] = logits, labels
+        num_done += len(labels)
+    model.embeddings.raise_noted()
+    model.train(was_training)
+    return found

@@ -19,26 +19,21 @@ class RunLog:
 
     facts: what summary.json shall say beside the results (seed, git_commit, config_hash, ...).
     hparams: flat {name: value}, what TensorBoard's HParams tab shall show.
-    resume_step: the step from which the run in this folder goes on; records of later steps are dropped. None: new run.
-    Raises ValueError for a new run in a folder that holds the records of another.
+    Raises ValueError when the folder holds the records of another run.
     """
 
-    def __init__(self, folder: Path, *, facts: dict, hparams: dict, resume_step: int | None):
+    def __init__(self, folder: Path, *, facts: dict, hparams: dict):
         self.folder, self.facts, self.hparams = Path(folder), facts, hparams
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step: dict[str, int] = {}
         self.reasons: dict[str, str] = {}  # tag -> why its last value is not a finite number
-        if resume_step is None and (self.folder / "metrics.jsonl").exists():
+        if (self.folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder} holds the records of another run: give a new hydra.run.dir")
         self._values: dict[str, float] = {}  # added, not yet written
         self._reasons: dict[str, str] = {}
-        if resume_step is not None:
-            self._replay(resume_step)
-        # TensorBoard discards recorded steps >= purge_step: no gap and no duplicate after a kill
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)
-        self._jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(self.folder))
+        self._jsonl = (self.folder / "metrics.jsonl").open("x", encoding="utf-8")
 
     def add(self, values: dict[str, float], reasons: dict[str, str]) -> None:
         """Notes values {tag: number} for the next `write`. reasons: why those that are NaN or infinite are so."""
@@ -95,21 +90,6 @@ class RunLog:
             self.last[tag] = value
             if tag not in self.best or _badness(tag, value) < _badness(tag, self.best[tag]):
                 self.best[tag], self.best_step[tag] = value, step
-
-    def _replay(self, resume_step: int) -> None:
-        """Keeps the whole lines of metrics.jsonl up to resume_step and remembers their values."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = []
-        for line in lines:
-            if not line.endswith("\n"):  # the run was killed while it wrote this one
-                break
-            row = json.loads(line)
-            if (step := row.pop("step")) <= resume_step:
-                kept.append(line)
-                reason = row.pop("reason", None)
-                self._remember(step, row, {tag: reason for tag, value in row.items() if value is None})
-        path.write_text("".join(kept), encoding="utf-8")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -15,6 +15,12 @@ Always predicting the click rate would do as well. Likely causes:
   - overfitting (train/loss far below eval/log_loss): fewer epochs
 ************************************************************************************************"""
 
+NOT_SAVED = """\
+************************************************************************************************
+NO CHECKPOINT OF THIS RUN: {error}
+The run goes on to its evaluation; the weights are lost when it ends.
+************************************************************************************************"""
+
 
 def markdown_table(rows: list[dict]) -> str:
     """rows, dicts with the same keys, as a Markdown table with a header."""

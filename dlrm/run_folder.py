@@ -33,6 +33,15 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def first_difference(saved: object, mine: object, key: str = "") -> tuple[str, object, object] | None:
+    """The first dotted key at which two nested dicts differ, and both values (None: missing), or None."""
+    if not (isinstance(saved, dict) and isinstance(mine, dict)):
+        return None if saved == mine else (key, saved, mine)
+    names = list(mine | saved)
+    found = (first_difference(saved.get(n), mine.get(n), f"{key}.{n}" if key else n) for n in names)
+    return next((difference for difference in found if difference), None)
+
+
 def config_hash(config: dict) -> str:
     """16 hex digits, the same for equal resolved configurations only. config: plain dicts, lists and scalars."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -38,19 +38,14 @@ class TrainerSettings:
         for name in ("epochs", "max_steps"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), at_least=1)
+        for key, value in (("trainer.save_checkpoint", self.save_checkpoint), ("deterministic", self.deterministic)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key}={value}: must be true or false")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("trainer.epochs and trainer.max_steps are both null: give one, or the run never ends")
         _check_choice("trainer.decay", self.decay, DECAYS)
         _check_choice("precision", self.precision, PRECISIONS)
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            kind = None
-        _check_choice("device", kind or self.device, ("cpu", "cuda"))
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device={self.device}: torch {torch.__version__} sees no CUDA device here; device=cpu works"
-            )
+        _check_device(self.device)
 
     def num_steps(self, num_samples: int) -> int:
         """Steps of the whole run when an epoch has num_samples samples (the last, smaller batch is a step too)."""
@@ -69,6 +64,21 @@ class TrainerSettings:
 def _check_integer(name: str, value: object, *, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"trainer.{name}={value}: must be a whole number, at least {at_least}")
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    _check_choice("device", device.type if device else name, ("cpu", "cuda"))
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={name}: torch {torch.__version__} sees no CUDA device here; device=cpu works")
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if (device.index or 0) >= len(there):
+        raise ValueError(f"device={name}: GPUs here: {len(there)} ({', '.join(there)})")
 
 
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

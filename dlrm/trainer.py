@@ -1,5 +1,7 @@
 """The training run, top to bottom as it happens: batch, forward, loss, backward, step, log, evaluate, save."""
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlrm import checkpoint, memory
-from dlrm.evaluation import Evaluation, predict
+from dlrm.evaluation import Evaluation, evaluate, predict
 from dlrm.interrupt import Interrupt, Stop
 from dlrm.log import RunLog
 from dlrm.model import DLRM
 from dlrm.progress import Progress
-from dlrm.report import NOT_LEARNED, final_table
+from dlrm.report import NOT_LEARNED, NOT_SAVED, final_table
+from dlrm.run_folder import first_difference
 from dlrm.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ class Trainer:
     """Trains a model on a dataset and evaluates it; everything about the run ends up in `log`.
 
     dataset: the interface of the data package, prepared. embedding_optimizer holds the parameters of model.embeddings,
-    dense_optimizer all others, both on settings.device. Raises ValueError when there is nothing to train on.
+    dense_optimizer all others, both on settings.device. identity: JSON values, what a run must have equal to be resumed
+    as this one, by the keys of the configuration. Raises ValueError when there is nothing to train on.
     """
 
     def __init__(
@@ -38,11 +42,13 @@ class Trainer:
         embedding_optimizer: torch.optim.Optimizer,
         settings: TrainerSettings,
         log: RunLog,
+        identity: dict,
     ):
         self.num_train = dataset.num_samples["train"]
         if self.num_train == 0:
             raise ValueError("data: the training split has no samples")
         self.model, self.dataset, self.settings, self.log = model, dataset, settings, log
+        self.identity = json.loads(json.dumps(identity, allow_nan=False))  # as a checkpoint gives it back
         self.optimizers = {"dense_optimizer": dense_optimizer, "embedding_optimizer": embedding_optimizer}
         self.full_rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
         self.num_steps = settings.num_steps(self.num_train)
@@ -57,8 +63,15 @@ class Trainer:
         self.interrupt, self.progress = Interrupt(), None
 
     def resume(self, path: str) -> None:
-        """Goes on from the newest checkpoint at path: a run's folder, its checkpoints folder, or one checkpoint."""
+        """Goes on from the newest checkpoint at path: a run's folder, its checkpoints folder, or one checkpoint.
+
+        Raises ValueError, before anything is changed, when it is damaged or of a run with another identity or data.
+        """
         counters = checkpoint.read_counters(path)
+        if difference := first_difference(counters.get("identity", {}), self.identity):
+            key, *values = difference
+            saved, mine = map(json.dumps, values)
+            raise ValueError(f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run")
         if counters["fingerprint"] != self.dataset.fingerprint:
             raise ValueError(f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']})")
         checkpoint.load(path, self.model, self.optimizers)
@@ -69,17 +82,22 @@ class Trainer:
     def train(self) -> dict:
         """Runs to the end, or to Ctrl-C, and returns the summary, which is also in summary.json and on the terminal.
 
-        Raises FloatingPointError, naming the step, when the loss is not finite: before that step's update.
+        A checkpoint that cannot be written is said, and in the summary; the results are reported all the same.
+        Raises FloatingPointError when the loss is not finite: on the CPU before that step's update, naming the step; on
+        CUDA, where to look is to wait, when the loss is logged, naming the steps since the last time.
         """
-        began, results = time.perf_counter(), {"status": "failed", "checkpoint": None}
+        began, results = time.perf_counter(), {"status": "failed", "checkpoint": None, "checkpoint_error": None}
         self.log.text("embeddings/features", self.model.embeddings.feature_table())
         if self.eval_split == "test":
             print("no validation samples: eval/* is measured on the test split, so the best of eval/* is chosen on it")
+        if (warmup := self.settings.warmup_steps) >= self.num_steps:
+            when = "never reaches its value" if warmup > self.num_steps else "reaches its value only at the last step"
+            print(f"the learning rate {when}: warm-up takes {warmup:,} of {self.num_steps:,} steps")
         try:
             with _deterministic(self.settings.deterministic), self.interrupt:
                 self._train_steps()
                 if self.settings.save_checkpoint:
-                    results["checkpoint"] = self._save()
+                    results |= self._save()
                 self._evaluate_at_end()
             results["status"] = "completed"
         except KeyboardInterrupt:
@@ -95,8 +113,9 @@ class Trainer:
         return summary
 
     def _train_steps(self) -> None:
-        num_epochs = -(-self.num_steps * self.settings.batch_size // self.num_train)
-        total = min(self.num_steps * self.settings.batch_size, num_epochs * self.num_train)
+        batch_size = self.settings.batch_size
+        num_epochs, rest = divmod(self.num_steps, -(-self.num_train // batch_size))
+        total = num_epochs * self.num_train + min(rest * batch_size, self.num_train)
         began = time.perf_counter()
         self.last_log = (began, 0)  # seconds on a clock that stands still during evaluation; num_samples
         with Progress(total, self.epoch * self.num_train + self.sample) as self.progress:
@@ -104,7 +123,8 @@ class Trainer:
                 while self.step < self.num_steps and not self.interrupt.requested:
                     self._train_epoch()
             except Stop:
-                pass  # in an evaluation: the weights are those of self.step, worth a checkpoint
+                if self.num_losses:  # in an evaluation: the weights, if finite, are worth a checkpoint
+                    self._add_training()
             finally:
                 self.train_seconds = time.perf_counter() - self.eval_seconds - began
 
@@ -133,7 +153,8 @@ class Trainer:
                 group["lr"] = rate * factor
         logits, labels = predict(self.model, batch, self.settings)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
-        self._check_finite(loss, batch)
+        if not loss.is_cuda:  # there a look would wait for the device: see _add_training
+            self._check_finite(loss, batch)
         loss.backward()
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -146,10 +167,8 @@ class Trainer:
         self.progress.advance(len(batch.labels))
 
     def _check_finite(self, loss: Tensor, batch: "Batch") -> None:
-        words = f"the loss is not finite at step {self.step + 1}, before its update"
-        if loss.is_cuda:
-            torch._assert_async(torch.isfinite(loss), words)  # as torchtitan: the device stops, the host never waits
-        elif not torch.isfinite(loss):
+        if not torch.isfinite(loss):
+            words = f"the loss is not finite at step {self.step + 1}, before its update"
             raise FloatingPointError(f"{words}: {self._explain(batch)}")
 
     def _explain(self, batch: "Batch") -> str:
@@ -164,6 +183,11 @@ class Trainer:
     def _add_training(self) -> None:
         loss = self.loss_sum.item() / self.num_losses  # the only wait for the device
         self.model.embeddings.raise_noted()
+        if not math.isfinite(loss):  # a sum with one NaN or infinity is none: all losses were looked at
+            raise FloatingPointError(
+                f"the loss is not finite in steps {self.step - self.num_losses + 1} to {self.step}; "
+                "trainer.log_every=1 finds the step, device=cpu also the tensor"
+            )
         self.loss_sum.zero_()
         self.num_losses = 0
         now, (last_time, last_samples) = time.perf_counter() - self.eval_seconds, self.last_log
@@ -179,11 +203,11 @@ class Trainer:
 
     def _evaluate(self, split: str, *, exact: bool) -> Evaluation:
         began = self._now()
-        evaluation = Evaluation(
-            self.model, self.dataset, split, settings=self.settings, check=self.interrupt.check, exact=exact
-        )
-        self.eval_seconds += self._now() - began
-        return evaluation
+        try:
+            check = self.interrupt.check
+            return evaluate(self.model, self.dataset, split, settings=self.settings, check=check, exact=exact)
+        finally:
+            self.eval_seconds += self._now() - began
 
     def _add_evaluation(self, evaluation: Evaluation, *, is_last: bool) -> None:
         """Logs eval/*, says it, and says so loudly when the constant predictor is as good."""
@@ -220,10 +244,16 @@ class Trainer:
         }
         self.log.add(_tagged("memory", values), {})
 
-    def _save(self) -> str:
+    def _save(self) -> dict:
+        """What the summary says of the checkpoint, once it is saved; without it the results are still worth having."""
         counters = {"step": self.step, "epoch": self.epoch, "sample": self.sample}
-        counters["fingerprint"] = self.dataset.fingerprint
-        return str(checkpoint.save(self.log.folder / "checkpoints", self.model, self.optimizers, counters))
+        counters |= {"fingerprint": self.dataset.fingerprint, "identity": self.identity}
+        try:
+            path = checkpoint.save(self.log.folder / "checkpoints", self.model, self.optimizers, counters)
+        except OSError as error:
+            self._say(NOT_SAVED.format(error=error))
+            return {"checkpoint_error": str(error)}
+        return {"checkpoint": str(path)}
 
     def _facts(self) -> dict:
         """What summary.json says beside the tags, as of now."""

@@ -80,16 +80,21 @@ def spread(backend: Backend, rows: dict[str, int], smallest: int = 1) -> dict[st
     def reached(slots: dict[str, int]) -> float:
         return sum(map(backend.feature_bytes, slots.values())) / total
 
-    slots, low, high = share(backend.compression), 0.0, 1.0
+    def miss(slots: dict[str, int]) -> float:
+        return abs(reached(slots) / backend.compression - 1)
+
+    slots = nearest = share(backend.compression)
+    low, high = 0.0, 1.0
     for _ in range(60):  # bisection to the last bit of the factor, if the plain share is off
-        if abs(reached(slots) / backend.compression - 1) <= 0.01:
+        if miss(slots) <= 0.01:
             return slots
+        nearest = min(nearest, slots, key=miss)
         middle = (low + high) / 2
         slots = share(middle)
         low, high = (middle, high) if reached(slots) < backend.compression else (low, middle)
     names = ", ".join(list(rows)[:5]) + (", ..." if len(rows) > 5 else "")
     raise ValueError(
         f"compression={backend.compression:g}: embedding={backend.name} cannot reach it for {names}; "
-        f"the smallest it can is {reached(share(0)):.4g}, the nearest {reached(slots):.4g} "
+        f"the smallest it can is {reached(share(0)):.4g}, the nearest {reached(nearest):.4g} "
         f"(slots of {backend.width} numbers; a larger dense_below keeps small features out)"
     )

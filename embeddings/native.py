@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -73,7 +74,9 @@ def build() -> Path:
 
     Raises RuntimeError with the compiler's words.
     """
-    cuda = torch.version.cuda is not None and shutil.which("nvcc") is not None
+    cuda = torch.cuda.is_available()
+    if cuda and shutil.which("nvcc") is None:
+        raise RuntimeError("error: there is a GPU, but nvcc is not on the PATH: install the CUDA toolkit")
     folder = _cache_folder() / _key(cuda)
     library = folder / "embeddings.so"
     if library.exists():
@@ -98,7 +101,9 @@ def _key(cuda: bool) -> str:
     digest = hashlib.sha256()
     for source in sorted(CSRC.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{torch.__version__}{torch.version.cuda}{cuda}{platform.machine()}".encode())
+    digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{torch.__version__}{torch.version.cuda}{platform.machine()}".encode())
+    if cuda:
+        digest.update(" ".join(_devices()).encode() + _output_of(["nvcc", "--version"]))
     digest.update(_output_of([*shlex.split(_compiler()), "-dumpfullversion"]) + _processor())
     return f"torch{torch.__version__.split('+')[0]}-{digest.hexdigest()[:16]}"
 
@@ -128,24 +133,40 @@ def _torch_root() -> Path:
 def _nvcc(architectures: list[str]) -> str:
     """nvcc with everything but input and output, for these devices ("80" is sm_80). A CPU build of torch is enough."""
     devices = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)
-    return f"nvcc {CUDA_FLAGS} {devices} {DEFINES} -DUSE_CUDA -isystem {_torch_root()}/include"
+    return f"nvcc {CUDA_FLAGS} {devices} {DEFINES} -DUSE_CUDA -isystem {_quote(_torch_root() / 'include')}"
+
+
+def _devices() -> list[str]:
+    """Architectures of the GPUs present: ["90"]."""
+    present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(present)]
+
+
+def _quote(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _in_ninja(path: Path) -> str:
+    """A path of a build line; ninja itself quotes it for the shell."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _ninja_file(cuda: bool) -> str:
     """The build: bag.cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
-    root = _torch_root()
-    libraries = f"-L{root}/lib -Wl,-rpath,{root}/lib -ltorch_cpu -ltorch -lc10"
+    library_folder = _quote(_torch_root() / "lib")
+    libraries = f"-L{library_folder} -Wl,-rpath,{library_folder} -ltorch_cpu -ltorch -lc10"
+    includes = f"-isystem {_quote(_torch_root() / 'include')}"
     lines = [
-        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {DEFINES} -isystem {root}/include -c $in -o $out",
-        f"build bag.o: cxx {CSRC}/bag.cpp",
+        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {DEFINES} {includes} -c $in -o $out",
+        f"build bag.o: cxx {_in_ninja(CSRC / 'bag.cpp')}",
     ]
     objects = "bag.o"
     if cuda:
-        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        devices = [f"{major}{minor}" for major, minor in sorted(present)] or list(ARCHITECTURES)
-        lines += [f"rule nvcc\n  command = {_nvcc(devices)} -c $in -o $out", f"build bag_cuda.o: nvcc {CSRC}/bag.cu"]
+        lines.append(f"rule nvcc\n  command = {_nvcc(_devices())} -c $in -o $out")
+        lines.append(f"build bag_cuda.o: nvcc {_in_ninja(CSRC / 'bag.cu')}")
         objects += " bag_cuda.o"
-        libraries += f" -ltorch_cuda -lc10_cuda -L{Path(shutil.which('nvcc')).resolve().parent.parent}/lib64 -lcudart"
+        toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
+        libraries += f" -ltorch_cuda -lc10_cuda -L{_quote(toolkit / 'lib64')} -lcudart"
     lines += [
         f"rule link\n  command = {_compiler()} -shared $in -o $out {libraries}",
         f"build embeddings.so: link {objects}",
@@ -161,7 +182,7 @@ def compile_cuda() -> int:
     status = 0
     for source in sorted(CSRC.glob("*.cu")):
         began = time.perf_counter()
-        command = [*_nvcc(list(ARCHITECTURES)).split(), "--threads", "0", "-c", str(source), "-o", os.devnull]
+        command = [*shlex.split(_nvcc(list(ARCHITECTURES))), "--threads", "0", "-c", str(source), "-o", os.devnull]
         code = subprocess.run(command, check=False).returncode
         result = "ok" if code == 0 else f"FAILED ({code})"
         names = ", ".join(f"sm_{a}" for a in ARCHITECTURES)

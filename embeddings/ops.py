@@ -11,7 +11,7 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     ids [N]            int32 or int64, feature-major, of the whole batch
     offsets            int64 [features * B + 1], or None when every bag has one id
     per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
-    tables [F, 5]      int64, one row per feature of the slab; columns in `embeddings.slab`
+    tables [F, 5]      int64, one row per feature of the slab; columns in `embeddings.index_map`
     index_map, pooling, accumulate: the numbers below;  features: the names, for errors,
     with reference.SEPARATOR between them
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
@@ -133,3 +133,11 @@ def _backward(ctx, grad: Tensor):
 
 
 register_autograd("embeddings::bag", _backward, setup_context=_keep)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("embeddings have no second derivative: their gradients cannot be differentiated")
+
+
+for _name in ("bag_backward", "bag_backward_rows", "bag_backward_sample_weights"):
+    register_autograd(f"embeddings::{_name}", _no_second_derivative)

@@ -51,7 +51,7 @@ def _check(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, i
 def _check_tables(tables, num_bags: int, batch_size: int, total: int, ranged: bool, features: str) -> None:
     end = 0
     for f, (position, first, num_slots, num_embeddings, _) in enumerate(tables.tolist()):
-        name = features.split(SEPARATOR)[f]
+        name = _name(features, f)
         if position < 0 or (num_bags > 0 and position >= num_bags // batch_size):
             raise RuntimeError(f"the batch has no bags for feature {name} at position {position}")
         needed = max(num_embeddings if ranged else 1, 1)
@@ -63,9 +63,14 @@ def _check_tables(tables, num_bags: int, batch_size: int, total: int, ranged: bo
         end = first + num_slots
 
 
+def _name(features: str, f: int) -> str:
+    names = features.split(SEPARATOR)
+    return names[f] if f < len(names) else ""
+
+
 def _check_grad(grad: Tensor, weights: Tensor, tables: Tensor) -> None:
     right = grad.dim() == 3 and grad.shape[1] == tables.shape[0] and grad.dtype == weights.dtype
-    _require(right, "grad must be [B, F, D], of the weights' dtype")
+    _require(right, "grad must be [B, F, D], of the weights' dtype and on their device")
 
 
 # --- one batch, unrolled -------------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ class Unrolled(NamedTuple):
 
 def unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features) -> Unrolled:
     """Find every id's slots. Raises RuntimeError for the first bad bag or id (by feature, sample, position)."""
-    names, index = features.split(SEPARATOR), MAPS[index_map]
+    index = MAPS[index_map]
     bags = (tables[:, POSITION, None] * batch_size + torch.arange(batch_size, device=ids.device)).flatten()
     begins = bags if offsets is None else offsets[bags]
     ends = bags + 1 if offsets is None else offsets[bags + 1]
@@ -94,10 +99,10 @@ def unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features) 
     where = begins[bag_of] + torch.arange(bag_of.numel(), device=ids.device) - (counts.cumsum(0) - counts)[bag_of]
     wanted, table = ids[where].long(), bag_of // max(batch_size, 1)
     if index.ranged:
-        _check_ids(wanted, tables[table, NUM_EMBEDDINGS], where, table, names)
+        _check_ids(wanted, tables[table, NUM_EMBEDDINGS], where, table, features)
     if bad_bags.numel():
         raise RuntimeError(
-            f"offsets must not descend or leave the ids: feature {names[last // batch_size]}, "
+            f"offsets must not descend or leave the ids: feature {_name(features, last // batch_size)}, "
             f"sample {last % batch_size}, bag [{int(begins[last])}, {int(ends[last])}) of {ids.numel()} ids"
         )
     if offsets is not None and (offsets[0] != 0 or offsets[-1] != ids.numel()):
@@ -109,12 +114,12 @@ def unroll(weights, ids, offsets, tables, batch_size, dim, index_map, features) 
     return Unrolled(where, bag_of, counts, index.slots(wanted, tables[table], chunks))
 
 
-def _check_ids(ids: Tensor, limits: Tensor, where: Tensor, table: Tensor, names: list[str]) -> None:
+def _check_ids(ids: Tensor, limits: Tensor, where: Tensor, table: Tensor, features: str) -> None:
     bad = ((ids < 0) | (ids >= limits)).nonzero()
     if bad.numel():
         i = int(bad[0])
         raise RuntimeError(
-            f"id out of range: feature {names[int(table[i])]}, position {int(where[i])} of the batch's ids, "
+            f"id out of range: feature {_name(features, int(table[i]))}, position {int(where[i])} of the batch's ids, "
             f"id {int(ids[i])}, limit {int(limits[i])} (valid ids are 0..{int(limits[i]) - 1})"
         )
 

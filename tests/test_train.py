@@ -1,6 +1,7 @@
 """The command line: what it makes, and what it refuses."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -107,12 +108,58 @@ def test_resume_ends_where_one_run_would(cli, tmp_path):
     assert rest["last"]["test/log_loss"] == whole["last"]["test/log_loss"]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_composes_and_trains(name, cli):
-    status, _, err = cli(
-        f"experiment={name}", "data.num_samples={train: 4096, valid: 0, test: 1024}", "trainer.max_steps=2"
+@pytest.fixture
+def ratings(tmp_path) -> Path:
+    """A folder with 400 made-up ratings in both formats that the experiments read."""
+    folder = tmp_path / "ratings"
+    folder.mkdir()
+    rng = random.Random(0)
+    rows = [(rng.randrange(30), rng.randrange(90), rng.randint(1, 5), 1000 + i) for i in range(400)]
+    csv = "\n".join(f"{user},{movie},{stars},{time}" for user, movie, stars, time in rows)
+    (folder / "ratings.csv").write_text(f"userId,movieId,rating,timestamp\n{csv}\n")
+    movies = "\n".join(f"{m},Film {m} ({1950 + m}),Drama|Comedy" for m in range(90))
+    (folder / "movies.csv").write_text(f"movieId,title,genres\n{movies}\n")
+    tsv = csv.replace(",", "\t")
+    (folder / "ml-1m.inter").write_text(f"user_id:token\titem_id:token\trating:float\ttimestamp:float\n{tsv}\n")
+    users = "\n".join(f"{u}\t{18 + u}\tF\t{u % 7}\t{u:05}" for u in range(30))
+    (folder / "ml-1m.user").write_text(
+        f"user_id:token\tage:float\tgender:token\toccupation:float\tzip_code:token\n{users}\n"
     )
+    items = "\n".join(f"{m}\tFilm {m}\t{1950 + m}\tDrama Comedy" for m in range(90))
+    (folder / "ml-1m.item").write_text(f"item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n{items}\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_trains(name, cli, ratings):
+    status, _, err = cli(f"experiment={name}", f"data.path={ratings}", "trainer.max_steps=2")
     assert status == 0, err
+
+
+def test_a_run_folder_is_never_overwritten(cli, tmp_path):
+    assert cli(*SMALL, "hydra.run.dir=mine")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    status, _, err = cli(*SMALL, "hydra.run.dir=mine", "seed=5")
+    assert status == 2 and "not empty" in err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+
+
+def test_a_refused_run_leaves_no_folder(cli, tmp_path):
+    assert cli("compression=2")[0] == 2
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+@pytest.mark.parametrize("bad", ["model.top_mlp=[64,2]", "+model.foo=1", "resume=nowhere"])
+def test_model_and_resume_are_refused_before_data_is_read(bad, cli, ratings):
+    status, out, err = cli("data=movielens", f"data.path={ratings}", bad)
+    assert status == 2 and "preparing" not in out + err
+    assert not Path("data/cache").exists()
+
+
+def test_resume_of_another_run_is_refused_with_the_difference(cli):
+    assert cli(*SMALL, "hydra.run.dir=half", "trainer.max_steps=4")[0] == 0
+    status, _, err = cli(*SMALL, "resume=half", "pooling=mean")
+    assert status == 2 and "pooling" in err and "mean" in err and "sum" in err
 
 
 # --- what is refused: exit status 2, the key, the value, what is allowed, the nearest spelling -----------------------
@@ -158,6 +205,13 @@ REFUSED = [
     (["embedding=hashed", "compression=1e-6"], ["compression=1e-06", "the smallest it can is"]),
     (["resume=nowhere"], ["nowhere"]),
     (["model.bottom_mlp=[64,8]"], ["bottom_mlp"]),
+    (["+model.foo=1"], ["model.foo", "bottom_mlp"]),
+    (["+data.foo=1"], ["data.foo", "cardinalities"]),
+    (["+trainer.max_step=3"], ["trainer.max_step", "did you mean max_steps?"]),
+    (["+optimizer.dense.foo=1"], ["optimizer.dense.foo", "lr"]),
+    (["optimizer/dense=adam", "optimizer.dense._target_=torch.optim.LBFGS"], ["optimizer.dense"]),
+    (["features=3"], ["features=3"]),
+    (["features.C3.compression=0.05"], ["+features.C3.compression"]),
 ]
 
 

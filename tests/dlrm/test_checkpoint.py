@@ -1,6 +1,8 @@
 """A checkpoint gives back every bit, or says what is wrong; and a big table is never held twice."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +118,58 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+FILL = """
+import resource, sys
+from test_checkpoint import COUNTERS, checkpoint, make_parts
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # what a write past the end of the disk does, without a disk
+try:
+    checkpoint.save(sys.argv[1], *make_parts(1), COUNTERS)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_while_writing_is_an_os_error_with_needed_and_free_bytes(tmp_path):
+    command = [sys.executable, "-c", FILL, str(tmp_path)]
+    paths = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | paths)
+    assert re.search(r"File too large .*the checkpoint needs [0-9,]+ bytes, the disk has [0-9,]+ free", result.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_new_there", [False, True])
+def test_a_replaced_checkpoint_survives_a_crash_before_the_new_one_is_there(tmp_path, is_new_there):
+    good, newer = make_parts(1), make_parts(2)
+    path = checkpoint.save(tmp_path, *good, COUNTERS)
+    path.rename(tmp_path / f".tmp-old-{path.name}")  # between the two renames
+    if is_new_there:  # or after both
+        written = checkpoint.save(tmp_path / "elsewhere", *newer, COUNTERS)
+        written.rename(path)
+        written.parent.rmdir()
+    checkpoint.save(tmp_path, *make_parts(3), COUNTERS | {"step": 13})
+    other = make_parts(4)
+    checkpoint.load(path, *other)
+    assert_equal(flat(*other), flat(*(newer if is_new_there else good)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000012", "step_000000013"]
+
+
+def test_a_failed_rename_brings_the_replaced_checkpoint_back(tmp_path, monkeypatch):
+    good, rename = make_parts(1), Path.rename
+    path = checkpoint.save(tmp_path, *good, COUNTERS)
+
+    def fail_for_the_new_one(self, target):
+        if self.name == f".tmp-{path.name}":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.save(tmp_path, *make_parts(2), COUNTERS)
+    other = make_parts(3)
+    checkpoint.load(path, *other)
+    assert_equal(flat(*other), flat(*good))
+
+
 @pytest.mark.parametrize("name", ["model", "dense_optimizer", "embedding_optimizer"])
 def test_any_flipped_bit_is_found_before_anything_changes(tmp_path, name):
     path = checkpoint.save(tmp_path, *make_parts(1), COUNTERS) / f"{name}.safetensors"
@@ -157,6 +211,42 @@ def test_another_model_or_optimizer_is_refused_with_the_first_difference(tmp_pat
     model["new"] = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="model tensor 'new.bias' exists only in this run"):
         checkpoint.load(tmp_path, model, optimizers)
+
+
+def test_another_optimizer_layout_is_refused_before_anything_changes(tmp_path):
+    checkpoint.save(tmp_path, *make_parts(1), COUNTERS)
+    model, optimizers = make_parts(2, steps=0)
+    table, layer = model["table"].weight, model["layer"]
+    for dense, sparse, words in [
+        (
+            [table, *layer.parameters()],
+            [],
+            "embedding_optimizer has 0 parameters in this run, too few for the saved '0.s",
+        ),
+        (layer.parameters(), [table, table.detach().clone()], "'1.step' exists only in this run"),
+        (layer.parameters(), [torch.zeros(5, 4)], r"'0.sum' is .*\[5, 3\]\] there and .*\[5, 4\]\] in this run"),
+    ]:
+        optimizers["dense_optimizer"] = torch.optim.Adam(dense)
+        if sparse:
+            optimizers["embedding_optimizer"] = torch.optim.Adagrad(sparse)
+        else:
+            optimizers["embedding_optimizer"].param_groups[0]["params"] = []
+            optimizers["embedding_optimizer"].state.clear()
+        expected = {key: tensor.clone() for key, tensor in flat(model, optimizers).items()}
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load(tmp_path, model, optimizers)
+        assert_equal(flat(model, optimizers), expected)
+
+
+@pytest.mark.parametrize("content", ['{"format": 1, "files": {}, "rows": 5}', "[1, 2]", "3"])
+def test_a_folder_with_another_manifest_is_refused_as_no_checkpoint(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)  # such as a prepared data folder's
+    with pytest.raises(
+        ValueError, match=r"resume=.*: no checkpoint: its manifest.json has no .*counters, .*optimizers"
+    ):
+        checkpoint.read_counters(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoint.load(tmp_path, *make_parts(1))
 
 
 MEASURE = """

@@ -11,9 +11,9 @@ from dlrm.log import RunLog, write_json
 from dlrm.report import final_table, markdown_table
 
 
-def make_log(folder, *, resume_step=None):
+def make_log(folder):
     folder.mkdir(exist_ok=True)
-    return RunLog(folder, facts={"seed": 7}, hparams={"lr": 0.1, "model": None, "ok": True}, resume_step=resume_step)
+    return RunLog(folder, facts={"seed": 7}, hparams={"lr": 0.1, "model": None, "ok": True})
 
 
 def read_events(folder):
@@ -96,26 +96,6 @@ def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(ValueError):
         write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_resume_leaves_no_gap_and_no_duplicate_after_a_kill(tmp_path):
-    killed = make_log(tmp_path)
-    for step in range(10, 60, 10):
-        killed.add({"train/loss": float(step)}, {})
-        killed.write(step)
-    killed._writer.flush()
-    killed._jsonl.write('{"step": 60, "train/lo')  # torn
-    killed._jsonl.flush()
-    resumed = make_log(tmp_path, resume_step=30)
-    assert (resumed.last, resumed.best_step) == ({"train/loss": 30.0}, {"train/loss": 10})
-    for step in range(40, 70, 10):
-        resumed.add({"train/loss": float(-step)}, {})
-        resumed.write(step)
-    resumed.finish({})
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    expected = [(10, 10), (20, 20), (30, 30), (40, -40), (50, -50), (60, -60)]
-    assert [(row["step"], row["train/loss"]) for row in rows] == expected
-    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("train/loss")] == expected
 
 
 def test_a_new_run_in_another_runs_folder_is_refused(tmp_path):

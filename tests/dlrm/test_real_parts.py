@@ -38,7 +38,8 @@ def make_trainer(folder, optimizer, max_steps):
         dense_optimizer=torch.optim.Adam(model.dense_parameters(), lr=0.01),
         embedding_optimizer=instantiate(config.optimizer.embedding)(bags.parameters()),
         settings=TrainerSettings(**SETTINGS | {"epochs": 1, "decay": "constant", "max_steps": max_steps}),
-        log=RunLog(folder, facts={}, hparams={}, resume_step=None),
+        log=RunLog(folder, facts={}, hparams={}),
+        identity={},
     )
 
 

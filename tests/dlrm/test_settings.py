@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from stand_ins import SETTINGS
 
 from dlrm.settings import TrainerSettings
@@ -28,11 +29,27 @@ def make_settings(**changes):
         ({"decay": "cosin"}, r"trainer.decay=cosin: must be one of constant, linear, cosine; cosine\?"),
         ({"precision": "fp16"}, r"precision=fp16: must be one of fp32, bf16"),
         ({"device": "gpu"}, "device=gpu: must be one of cpu, cuda"),
+        ({"save_checkpoint": 3}, "trainer.save_checkpoint=3: must be true or false"),
+        ({"save_checkpoint": "no"}, "trainer.save_checkpoint=no: must be true or false"),
+        ({"deterministic": 1}, "deterministic=1: must be true or false"),
     ],
 )
 def test_bad_values_are_refused_with_key_value_and_what_is_allowed(changes, words):
     with pytest.raises(ValueError, match=words):
         make_settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "words"),
+    [(1, r"GPUs here: 1 \(cuda:0\)"), (2, r"GPUs here: 2 \(cuda:0, cuda:1\)")],
+)
+def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are(monkeypatch, num_devices, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    with pytest.raises(ValueError, match=f"device=cuda:7: {words}"):
+        make_settings(device="cuda:7")
+    assert make_settings(device="cuda").device == "cuda"
+    assert make_settings(device=f"cuda:{num_devices - 1}").device == f"cuda:{num_devices - 1}"
 
 
 def test_misspelt_keys_are_refused():

@@ -5,11 +5,13 @@ import math
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
 from stand_ins import StandInData
 
+from dlrm import checkpoint
 from dlrm.checkpoint import read_counters
 from dlrm.metrics import Metrics, exact_auc
 
@@ -118,17 +120,6 @@ def test_resume_is_bitwise_equal_to_not_stopping(make_trainer, stop, sparse):
     assert whole.log.last["test/auc"] == second.log.last["test/auc"]
 
 
-def test_resume_in_the_same_folder_leaves_one_row_per_step(make_trainer):
-    first = make_trainer("run", decay="constant", max_steps=17)
-    first.train()
-    step = read_counters(first.log.folder)["step"]
-    second = make_trainer("run", decay="constant", resume_step=step)
-    second.resume(first.log.folder)
-    second.train()
-    assert [row["step"] for row in read_rows(second)] == [5, 10, 15, 17, 20, 25, 30, 35, 40]
-    assert second.log.best_step["train/loss"] == min(read_rows(second), key=lambda row: row["train/loss"])["step"]
-
-
 def test_two_runs_of_one_seed_are_bitwise_equal(make_trainer):
     a, b = make_trainer("a"), make_trainer("b", eval_every=0)  # evaluation changes nothing in training
     a.train()
@@ -142,6 +133,66 @@ def test_resume_with_other_data_is_refused(make_trainer):
     trainer.dataset.fingerprint = "other"
     with pytest.raises(ValueError, match="resume=.*fingerprint 0123456789abcdef"):
         trainer.resume(trainer.log.folder.parent / "a")
+
+
+IDENTITY = {"pooling": "sum", "seed": 0, "embedding": {"block": 8, "widths": (1, 2)}, "features": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pooling": "mean"}, 'pooling is "sum" there and "mean" in this run'),
+        ({"seed": 1, "features": {"C3": {"block": 4}}}, "seed is 0 there and 1 in this run"),
+        ({"embedding": {"block": 4, "widths": (1, 2)}}, "embedding.block is 8 there and 4 in this run"),
+        ({"embedding": {"block": 8}}, r"embedding.widths is \[1, 2\] there and null in this run"),
+        ({"features": {"C3": {"block": 4}}}, 'features.C3 is null there and {"block": 4} in this run'),
+    ],
+)
+def test_resume_of_another_run_is_refused_with_the_first_key_that_differs(make_trainer, changes, words):
+    make_trainer("a", identity=IDENTITY, epochs=1).train()
+    trainer = make_trainer("b", identity=IDENTITY | changes)
+    with pytest.raises(ValueError, match=f"resume=.*: {words}"):
+        trainer.resume(trainer.log.folder.parent / "a")
+    same = make_trainer("c", identity=IDENTITY)
+    same.resume(same.log.folder.parent / "a")
+    assert same.step == 20
+
+
+@pytest.mark.parametrize(("max_steps", "num_samples"), [(None, 1300), (25, 650 + 4 * 32), (21, 650), (3, 96)])
+def test_progress_counts_up_to_what_is_trained_on(make_trainer, max_steps, num_samples):
+    trainer = make_trainer(data=StandInData(num_train=650), max_steps=max_steps)  # 21 steps, the last of 10 samples
+    trainer.train()
+    assert trainer.progress.total == trainer.progress.done == num_samples
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "words"),
+    [
+        (41, "the learning rate never reaches its value: warm-up takes 41 of 40 steps"),
+        (1000, "the learning rate never reaches its value: warm-up takes 1,000 of 40 steps"),
+        (40, "the learning rate reaches its value only at the last step: warm-up takes 40 of 40 steps"),
+        (39, None),
+    ],
+)
+def test_a_warm_up_that_takes_the_whole_run_is_said(make_trainer, capsys, warmup_steps, words):
+    make_trainer(warmup_steps=warmup_steps).train()
+    text = capsys.readouterr().out
+    assert (words + "\n" in text) if words else ("warm-up" not in text)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_result(make_trainer, capsys, monkeypatch):
+    whole = make_trainer("whole").train()
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
+    capsys.readouterr()
+    trainer = make_trainer()
+    summary = trainer.train()
+    assert json.loads((trainer.log.folder / "summary.json").read_text()) == summary
+    assert (summary["status"], summary["checkpoint"]) == ("completed", None)
+    assert "needs" in summary["checkpoint_error"] and "the disk has 10 free" in summary["checkpoint_error"]
+    assert summary["last"]["test/auc"] == whole["last"]["test/auc"] and whole["checkpoint_error"] is None
+    captured = capsys.readouterr()
+    assert "NO CHECKPOINT" in captured.err and summary["checkpoint_error"] in captured.err
+    assert f"test AUC       {summary['last']['test/auc']:.5f}" in captured.out
 
 
 def test_without_validation_samples_the_test_split_is_evaluated_and_the_run_says_so(make_trainer, capsys):
@@ -202,6 +253,42 @@ def test_non_finite_loss_stops_before_the_update_and_names_step_and_tensor(make_
     assert not (trainer.log.folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(("log_every", "words"), [(2, "steps 3 to 4"), (3, "steps 1 to 3"), (1, "steps 3 to 3")])
+def test_non_finite_loss_stops_at_the_next_record_and_names_the_steps(make_trainer, log_every, words):
+    trainer = make_trainer(data=PoisonedData("dense", math.nan), log_every=log_every)
+    trainer._check_finite = lambda loss, batch: None  # as on CUDA, where no step's loss is looked at
+    with pytest.raises(FloatingPointError, match=f"not finite in {words}"):
+        trainer.train()
+    assert not (trainer.log.folder / "checkpoints").exists()
+
+
+def test_non_finite_loss_before_ctrl_c_in_an_evaluation_leaves_no_checkpoint(make_trainer):
+    trainer = make_trainer(data=PoisonedData("dense", math.nan), log_every=100, eval_every=10)
+    trainer._check_finite = lambda loss, batch: None  # as on CUDA, where no step's loss is looked at
+    trainer.dataset.batches = press_in_first_evaluation(trainer.dataset.batches, trainer.interrupt)
+    with pytest.raises(FloatingPointError, match="not finite in steps 1 to 10"):
+        trainer.train()
+    assert not (trainer.log.folder / "checkpoints").exists()
+
+
+def press_in_first_evaluation(batches, interrupt):
+    def pressed(split, *arguments, **options):
+        interrupt.requested = interrupt.requested or split != "train"
+        return batches(split, *arguments, **options)
+
+    return pressed
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_diverging_run_on_cuda_leaves_the_device_usable(make_trainer):
+    settings = {"device": "cuda", "deterministic": False, "log_every": 2}
+    trainer = make_trainer("a", data=PoisonedData("dense", math.nan), **settings)
+    with pytest.raises(FloatingPointError, match="not finite in steps 3 to 4"):
+        trainer.train()
+    assert make_trainer("b", **settings).train()["status"] == "completed"
+
+
 def test_non_finite_weights_are_named(make_trainer):
     trainer = make_trainer()
     trainer.model.top[0].bias.data[3] = math.nan
@@ -247,6 +334,21 @@ def test_ctrl_c_during_an_evaluation_keeps_the_weights(make_trainer, split, step
     assert (summary["status"], summary["steps"]) == ("interrupted", step)
     assert read_counters(trainer.log.folder)["step"] == step
     assert "test/auc" not in summary["last"]
+
+
+def test_time_of_an_evaluation_that_ctrl_c_ends_is_not_training_time(make_trainer):
+    data = InterruptedData()
+    data.split = "valid"
+
+    def press():
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    data.press = press
+    trainer = make_trainer(data=data)
+    began = time.perf_counter()
+    summary = trainer.train()
+    assert summary["train_seconds"] < time.perf_counter() - began - 0.5
 
 
 def test_keyboard_interrupt_in_another_thread_still_writes_the_summary(make_trainer):

@@ -1,0 +1,84 @@
+"""What the user asked for cannot be done: said in one line, with what is allowed and the nearest valid spelling."""
+
+import difflib
+import inspect
+import itertools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+class ConfigError(Exception):
+    """What the user asked for cannot be done; the message names the key, the value and what is allowed."""
+
+
+def check_keys(key: str, target, node: dict) -> None:
+    """Refuse a key of the node that the target's constructor does not take."""
+    allowed = list(inspect.signature(target).parameters)
+    for name in node:
+        if name not in allowed and not name.startswith("_"):
+            raise ConfigError(
+                f"{key}.{name}: {target.__name__} has no such key; it has {some(allowed)}{near(name, allowed)}"
+            )
+
+
+def check_number(key: str, value, low: float, high: float, *, whole: bool = False) -> None:
+    """Refuse what is no number in [low, high]."""
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        span = f"{low} to {high}" if high < float("inf") else f"at least {low}"
+        raise ConfigError(f"{key}={value}: must be a {'whole ' if whole else ''}number, {span}")
+
+
+def explain(error: Exception) -> str:
+    """Hydra's refusal in one line, with what is allowed and the nearest valid spelling."""
+    text = str(error)
+    if option := re.search(r"Could not find '(.+)/([^/']+)'", text):
+        group, name = option.groups()
+        allowed = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        return f"{group}={name}: must be one of {some(allowed)}" + near(name, allowed)
+    if key := re.search(r"Could not override '([^']+)'", text):
+        path = key.group(1).split("@")[0]
+        parent, _, name = path.rpartition(".")
+        allowed = [*keys_below(parent), *(groups() if not parent else [])] or keys_below("")
+        if name in allowed or path.split(".")[0] == "features":
+            return f"{path} is not in the config as composed: add it with a plus, +{path}=..."
+        return f"{path} is no key; {parent or 'the root'} has {some(allowed)}" + near(name, allowed)
+    return text.splitlines()[0] if text else repr(error)
+
+
+def keys_below(parent: str) -> list[str]:
+    """Keys that some choice of config puts under `parent`."""
+    group, *rest = parent.split(".") if parent else [None]
+    files = [CONF / "config.yaml"]
+    if group in groups():
+        folders = (CONF / group, CONF / group / "common", CONF / group / (rest[0] if rest else ""))
+        files = [file for folder in folders for file in folder.glob("*.yaml")]
+        parent = ".".join(rest) if not (CONF / group / (rest[0] if rest else "?")).is_dir() else ""
+    found = (_select(yaml.safe_load(file.read_text()), parent) for file in files)
+    keys = itertools.chain.from_iterable(node.keys() for node in found if isinstance(node, dict))
+    return [key for key in dict.fromkeys(keys) if key not in ("defaults", "hydra") and not str(key).startswith("_")]
+
+
+def _select(node, path: str):
+    for key in path.split(".") if path else ():
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def groups() -> list[str]:
+    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+
+
+def near(name: object, allowed: Iterable) -> str:
+    matches = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1)
+    return f" - did you mean {matches[0]}?" if matches else ""
+
+
+def some(names: Iterable) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names) if len(names) <= 40 else f"{', '.join(names[:40])}, ... ({len(names)} in all)"
