@@ -1,7 +1,7 @@
 """Refusals that name the key, the value, what is allowed, and the nearest valid spelling."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def nearest(name: object, allowed: Iterable[str]) -> str:
@@ -43,9 +43,29 @@ def check_number(key: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{key}={value!r}: must be a number from {low} to {high}")
 
 
+def check_text(key: str, value: object) -> None:
+    """Raises ValueError unless the value is a string."""
+    if not isinstance(value, str):
+        raise ValueError(f"{key}={value!r}: must be text; put it in quotes")
+
+
+def check_list(key: str, value: object, example: str) -> None:
+    """Raises ValueError unless the value is a list; a string is none."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{key}={value!r}: must be a list, as in {example}")
+
+
+def check_mapping(key: str, value: object, example: str) -> None:
+    """Raises ValueError unless the value is a mapping."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key}={value!r}: must be a mapping, as in {example}")
+
+
 def check_exact_keys(key: str, given: Mapping[str, object], names: Iterable[str]) -> None:
-    """Raises ValueError unless the keys are exactly these."""
+    """Raises ValueError unless given is a mapping with exactly these keys."""
     names = list(names)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{key}={given!r}: must be a mapping with {', '.join(names)}")
     check_keys(key, given, names)
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"{key} lacks {', '.join(missing)}; it needs {', '.join(names)}")

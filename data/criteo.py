@@ -1,12 +1,11 @@
 """Criteo's Display Advertising Challenge ("Kaggle") file train.txt: 45,840,617 rows of one week, 11 GB."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.database import quoted
 from data.dataset import FileDataset
-from data.encode import Preparation, Schema
+from data.encode import Schema
 from data.source import open_source
 
 DENSE = tuple(f"I{i}" for i in range(1, 14))
@@ -23,27 +22,17 @@ def hash_sql(name: str) -> str:
     return f"CASE WHEN {column} IS NULL THEN NULL WHEN {well_formed} THEN {number} ELSE {MALFORMED} END"
 
 
+@dataclass(eq=False)
 class CriteoKaggle(FileDataset):
     """train.txt as published: tab-separated, no header: label, I1..I13 (integers, empty, or a few negative), C1..C26
     (8 hex digits, or empty). Dense becomes log1p(max(x, 0)), empty 0. The file is in order of time, and split so."""
 
-    def __init__(
-        self,
-        path: str,
-        cache: str,
-        *,
-        split: Mapping[str, float],
-        min_count: int,
-        id_order: str,
-        on_error: str,
-        memory_limit: str,
-        shuffle_block: int,
-        shuffle_seed: int,
-    ):
+    def open(self) -> tuple[str, Schema]:
+        """See FileDataset."""
         columns = ("label", *DENSE, *CATEGORICAL)
-        source = open_source(Path(path), delimiter="\t", quote="", header=False, columns=columns)
+        source = open_source(Path(self.path), delimiter="\t", quote="", header=False, columns=columns)
         checks = {c: (f"{quoted(c)} IS DISTINCT FROM {MALFORMED}", "must be 8 hex digits") for c in CATEGORICAL}
-        schema = Schema(
+        return f"criteo_kaggle {source.path.name}", Schema(
             main=replace(source, expressions={c: hash_sql(c) for c in CATEGORICAL}, checks=checks),
             sides=(),
             label="label",
@@ -53,14 +42,4 @@ class CriteoKaggle(FileDataset):
             multi_valued={},
             time=None,
             id_type="BIGINT",
-        )
-        super().__init__(
-            schema,
-            Preparation(split=split, order="file", split_seed=0, min_count=min_count, id_order=id_order),
-            name=f"criteo_kaggle {source.path.name}",
-            cache=cache,
-            on_error=on_error,
-            memory_limit=memory_limit,
-            shuffle_block=shuffle_block,
-            shuffle_seed=shuffle_seed,
         )

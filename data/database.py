@@ -1,6 +1,7 @@
 """A scratch DuckDB database on disk, bounded in memory, with one progress bar over all steps of a preparation."""
 
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import duckdb
@@ -8,14 +9,15 @@ import numpy as np
 from tqdm import tqdm
 
 POLL_SECONDS = 0.2
+DELAY_SECONDS = 1.0  # a preparation that takes less shows no bar
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
 
 class Database:
     """DuckDB in a new folder, which is the caller's to delete: what exceeds memory_limit (e.g. "1GB") spills there.
-    num_steps: how many times step() will be called; the bar counts them in hundredths."""
+    The shares of all steps sum to 1; they are guesses of the time that each takes."""
 
-    def __init__(self, folder: Path, num_steps: int, *, memory_limit: str):
+    def __init__(self, folder: Path, memory_limit: str):
         folder.mkdir()
         try:
             config = {"memory_limit": memory_limit, "temp_directory": str(folder / "spill")}
@@ -23,48 +25,51 @@ class Database:
         except duckdb.Error as error:
             raise ValueError(f"data.memory_limit={memory_limit!r}: {error}; write e.g. 1GB or 500MB") from None
         self.con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")  # only to be asked
-        # delay: a preparation of less than a second shows nothing; disable=None: nor does one without a terminal
-        self.bar = tqdm(total=100 * num_steps, desc="data", delay=1, disable=None, leave=False, bar_format=BAR_FORMAT)
-        self.steps_done = 0
+        # disable=None: no bar without a terminal
+        self.bar = tqdm(total=1.0, desc="data", delay=DELAY_SECONDS, disable=None, leave=False, bar_format=BAR_FORMAT)
+        self.done, self.share, self.started = 0.0, 0.0, time.monotonic()
 
-    def step(self, name: str) -> None:
-        """Names the step that begins now; the ones before it are done."""
-        self.bar.n = 100 * self.steps_done
-        self.bar.set_description_str(f"data: {name}")
-        self.steps_done += 1
+    def step(self, name: str, share: float) -> None:
+        """Names the step that begins now, and its share of the whole; the ones before it are done."""
+        self.done, self.share = self.done + self.share, share
+        self.bar.set_description_str(f"data: {name}", refresh=False)
+        self.progress(0.0)
 
     def progress(self, fraction: float) -> None:
         """Moves the bar within the current step."""
-        self.bar.n = 100 * (self.steps_done - 1) + min(99.0, max(0.0, 100 * fraction))
-        self.bar.refresh()
+        self.bar.n = self.done + self.share * min(1.0, max(0.0, fraction))
+        if time.monotonic() - self.started > DELAY_SECONDS:
+            self.bar.refresh()
 
     def run(self, sql: str) -> None:
         """Executes SQL while the bar follows how far DuckDB says it is."""
-        done = threading.Event()
-
-        def follow() -> None:
-            while not done.wait(POLL_SECONDS):
-                self.progress(self.con.query_progress() / 100)
-
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
-        try:
-            self.con.execute(sql)
-        finally:
-            done.set()
-            follower.join()
+        self._execute(sql, follow=True)
 
     def rows(self, sql: str) -> list[tuple]:
         """The rows of a small result."""
-        return self.con.execute(sql).fetchall()
+        return self._execute(sql).fetchall()
 
     def value(self, sql: str) -> object:
         """The one value of a result of one row and one column."""
-        return self.con.execute(sql).fetchone()[0]
+        return self._execute(sql).fetchone()[0]
 
     def columns(self, sql: str) -> dict[str, np.ndarray]:
         """The columns of a result; no value may be NULL."""
-        return self.con.execute(sql).fetchnumpy()
+        return self._execute(sql).fetchnumpy()
+
+    def _execute(self, sql: str, *, follow: bool = False) -> duckdb.DuckDBPyConnection:
+        """Executes SQL in a thread: Ctrl-C, which only the main thread gets, then stops it at once."""
+        with ThreadPoolExecutor(1) as pool:
+            query = pool.submit(self.con.execute, sql)
+            try:
+                while wait([query], POLL_SECONDS).not_done:
+                    if follow:
+                        self.progress(self.con.query_progress() / 100)
+            except KeyboardInterrupt:
+                while wait([query], POLL_SECONDS).not_done:
+                    self.con.interrupt()  # again and again: one that comes before the query begins is lost
+                raise
+            return query.result()
 
     def close(self) -> None:
         self.bar.close()

@@ -95,13 +95,14 @@ class Preparation:
 
 def arrange(db: Database, schema: Schema, preparation: Preparation) -> None:
     """Makes `rows` of the tables main, side0, side1, ...: joined, and ordered by time, chance or place in the file.
-    Raises ValueError if a key occurs twice in a side table."""
+    Raises ValueError if a key occurs twice in a side table, or none of main's rows has a partner there."""
     columns, joins = [f"main.{quoted(c)}" for c in used_columns(schema, schema.main)], ""
     for i, (side, key) in enumerate(schema.sides):
         name = quoted(key)
         twice = db.rows(f"SELECT {name}, count(*) FROM side{i} GROUP BY {name} HAVING count(*) > 1 LIMIT 1")
         if twice:
             raise ValueError(f"data.joins: {side.path} has {twice[0][1]} rows with {key}={twice[0][0]!r}; it needs one")
+        report_unmatched(db, schema.main, side, f"side{i}", key)
         columns += [f"side{i}.{quoted(c)}" for c in used_columns(schema, side) if c != key]
         joins += f" LEFT JOIN side{i} ON main.{name} = side{i}.{name}"
     if schema.time:
@@ -115,6 +116,23 @@ def arrange(db: Database, schema: Schema, preparation: Preparation) -> None:
         order = "main.rowid"
     db.run(f"CREATE TABLE rows AS SELECT {', '.join(columns)} FROM main{joins} ORDER BY {order}")
     db.run("DROP TABLE main")
+
+
+def report_unmatched(db: Database, main: Source, side: Source, table: str, key: str) -> None:
+    """Says how many rows of main have no partner in the side table. Raises ValueError if none has one."""
+    name, total = quoted(key), db.value("SELECT count(*) FROM main")
+    unmatched = db.value(f"SELECT count(*) FROM main ANTI JOIN {table} ON main.{name} = {table}.{name}")
+    if unmatched and unmatched == total:
+        ours, theirs = (db.value(f"SELECT min({name}) FROM {t}") for t in ("main", table))
+        raise ValueError(
+            f"data.joins: no row of {main.path} has a partner in {side.path} by {key}; e.g. {key} is {ours!r} in "
+            f"{main.path.name} and {theirs!r} in {side.path.name}"
+        )
+    if unmatched:
+        print(
+            f"data: {side.path.name} has no row for {unmatched:,} of the {total:,} rows of {main.path.name} "
+            f"({100 * unmatched / total:.3g}%), by {key}; its columns are empty there"
+        )
 
 
 def used_columns(schema: Schema, source: Source) -> list[str]:

@@ -84,9 +84,9 @@ def inferred_yaml(sources: Sequence[Source], keys: Sequence[str]) -> str:
         *(["joins:", *joins] if joins else []),
         f"label: {word(label) if label else '???'}",
         *([f"label_threshold: {facts[label].median}  # 1 from this value on"] if is_graded(label, facts) else []),
-        block("dense", [f"  {word(n)}: {'log1p' if facts[n].low >= 0 else 'standardize'}" for n in dense], "{}"),
+        block("dense", [f"  {word(n)}: {'log1p' if facts[n].low >= 0 else 'standardize'}" for n in dense], "null"),
         block("categorical", [f"  - {word(n)}" for n in rest if n not in dense and n not in multi], "[]"),
-        block("multi_valued", [f"  {word(n)}: {word(facts[n].separator)}" for n in multi], "{}"),
+        block("multi_valued", [f"  {word(n)}: {word(facts[n].separator)}" for n in multi], "null"),
         f"time: {word(time)}" if time else "time: null  # the split follows the file's order",
     ]
     return "\n".join(lines)

@@ -1,13 +1,12 @@
 """The official MovieLens folders: ratings.csv + movies.csv (ml-latest-small, ml-25m, ml-32m, ...), or ratings.dat +
 movies.dat + users.dat (ml-1m) or the same without users (ml-10M100K)."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.checks import nearest
 from data.dataset import FileDataset
-from data.encode import Preparation, Schema
+from data.encode import Schema
 from data.source import Source, open_source
 
 RATINGS = ("user", "movie", "rating", "timestamp")
@@ -19,31 +18,21 @@ YEAR = (
 LIKED = 4.0  # stars from which the label is 1
 
 
+@dataclass(eq=False)
 class MovieLens(FileDataset):
     """Label: rating >= 4. Features: user, movie, year (of the title; unknown is a value), genres (multi-hot), and
     gender, age, occupation and zip where the folder has users.dat. Split by time: the past trains, the future tests."""
 
-    def __init__(
-        self,
-        path: str,
-        cache: str,
-        *,
-        split: Mapping[str, float],
-        min_count: int,
-        id_order: str,
-        on_error: str,
-        memory_limit: str,
-        shuffle_block: int,
-        shuffle_seed: int,
-    ):
-        folder = Path(path)
+    def open(self) -> tuple[str, Schema]:
+        """See FileDataset."""
+        folder = Path(self.path)
         suffix = next((s for s in (".csv", ".dat") if (folder / f"ratings{s}").is_file()), None)
         if suffix is None:
-            raise ValueError(f"data.path={path}: {what_is_wrong(folder)}")
+            raise ValueError(f"data.path={self.path}: {what_is_wrong(folder)}")
         users = (folder / "users.dat").is_file()
         movies = replace(open_part(folder / f"movies{suffix}", MOVIES), expressions={"year": YEAR})
         sides = [(movies, "movie")] + ([(open_part(folder / "users.dat", USERS), "user")] if users else [])
-        schema = Schema(
+        return f"movielens {folder.resolve().name}", Schema(
             main=open_part(folder / f"ratings{suffix}", RATINGS),
             sides=tuple(sides),
             label="rating",
@@ -52,16 +41,6 @@ class MovieLens(FileDataset):
             categorical=("user", "movie", "year", *(USERS[1:] if users else ())),
             multi_valued={"genres": "|"},
             time="timestamp",
-        )
-        super().__init__(
-            schema,
-            Preparation(split=split, order="file", split_seed=0, min_count=min_count, id_order=id_order),
-            name=f"movielens {folder.resolve().name}",
-            cache=cache,
-            on_error=on_error,
-            memory_limit=memory_limit,
-            shuffle_block=shuffle_block,
-            shuffle_seed=shuffle_seed,
         )
 
 

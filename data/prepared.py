@@ -3,7 +3,7 @@
 A folder holds dense.bin float32 [rows, num_dense], ids.bin int32 [rows, F1] of the single-valued features, labels.bin
 uint8 [rows], per multi-valued feature values.K.bin int32 [N] and indptr.K.bin int64 [rows+1], and manifest.json. Rows
 are ordered train, valid, test. The manifest is written last and the folder renamed into place, so what has the final
-name is complete; the name is the fingerprint of files and options, so what is found was made from exactly these."""
+name is complete; the name is the fingerprint of files and options, which says what of a file it sees."""
 
 import fcntl
 import hashlib
@@ -21,17 +21,22 @@ from data.batch import Batch
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 4096  # rows read in sequence when a split is too large for a global shuffle
-ENDS_BYTES = 64 * 1024  # of the head and of the tail of a file go into its fingerprint
+WHOLE_BYTES = 1 << 28  # up to here a file's fingerprint is its content, which takes less than a second
+ENDS_BYTES = 64 * 1024  # of the head and of the tail of a larger file go into its fingerprint
 KEEP_ALL = np.iinfo(np.int32).max
 
 
 def fingerprint(files: list[Path], options: object) -> str:
-    """sha256 (hex) of the format version, the options (by repr) and the size, mtime, head and tail of each file."""
+    """sha256 (hex) of the format version, the options (by repr) and the content of each file. Of a file of more than
+    WHOLE_BYTES: size, mtime, ctime, head and tail. No program can set the ctime back, as it can the mtime."""
     digest = hashlib.sha256(repr((FORMAT_VERSION, options)).encode())
     for path in files:
         status = path.stat()
-        digest.update(repr((status.st_size, status.st_mtime_ns)).encode())
         with open(path, "rb") as file:
+            if status.st_size <= WHOLE_BYTES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            digest.update(repr((status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
             digest.update(file.read(ENDS_BYTES))
             file.seek(max(0, status.st_size - ENDS_BYTES))
             digest.update(file.read(ENDS_BYTES))

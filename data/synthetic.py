@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch
-from data.checks import check_between, check_exact_keys, check_int, check_keys, check_number
+from data.checks import check_between, check_exact_keys, check_int, check_keys, check_list, check_number
 from data.teacher import Teacher, exact_auc, mix64, stream_keys
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step: 2^64 over the golden ratio, odd
@@ -58,6 +58,7 @@ class Synthetic:
         check_exact_keys("data.num_samples", num_samples, ("train", "valid", "test"))
         for split, count in num_samples.items():
             check_int(f"data.num_samples.{split}", count, 0 if split == "valid" else 1)
+        check_list("data.cardinalities", cardinalities, "[1000, 50]")
         if not cardinalities:
             raise ValueError("data.cardinalities is empty: name the number of ids of at least one feature")
         for i, count in enumerate(cardinalities):

@@ -1,101 +1,110 @@
 """Any CSV, TSV or Parquet file, plain, .gz or .zst, by one yaml that says what its columns mean."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data.checks import check_choice, check_keys, check_number, nearest
+from data.checks import check_choice, check_keys, check_list, check_mapping, check_number, check_text, nearest
 from data.dataset import FileDataset
-from data.encode import Preparation, Schema
+from data.encode import Schema
 from data.infer import inferred_yaml
 from data.source import Source, joined_lists, open_source
 
 TRANSFORMS = ("none", "log1p", "standardize")
 
 
+@dataclass(eq=False, kw_only=True)
 class Table(FileDataset):
     """Samples are the rows of `path`, or of the file `file` in the folder `path`; conf/data/table.yaml says what each
     key means.
 
     dense: {column: none | log1p | standardize}. categorical: columns. multi_valued: {column: separator}. joins: list of
     {path, key}: side files, looked up by a column of the same name, whose paths are relative to the main file's folder.
+    dense and multi_valued may be None: no such columns (the yaml says null, which the command line can replace).
     With neither dense, categorical nor multi_valued columns, prints the yaml that the file suggests and raises
     ValueError. ValueError too for a column that is not there, with the nearest name."""
 
-    def __init__(
-        self,
-        path: str,
-        cache: str,
-        *,
-        file: str | None,
-        delimiter: str | None,
-        quote: str | None,
-        header: bool,
-        columns: Sequence[str] | None,
-        joins: Sequence[Mapping[str, str]],
-        label: str | None,
-        label_threshold: float | None,
-        dense: Mapping[str, str],
-        categorical: Sequence[str],
-        multi_valued: Mapping[str, str],
-        time: str | None,
-        split: Mapping[str, float],
-        order: str,
-        split_seed: int,
-        min_count: int,
-        id_order: str,
-        on_error: str,
-        memory_limit: str,
-        shuffle_block: int,
-        shuffle_seed: int,
-    ):
-        if path is None:
+    file: str | None
+    delimiter: str | None
+    quote: str | None
+    header: bool
+    columns: Sequence[str] | None
+    joins: Sequence[Mapping[str, str]]
+    label: str | None
+    label_threshold: float | None
+    dense: Mapping[str, str] | None
+    categorical: Sequence[str]
+    multi_valued: Mapping[str, str] | None
+    time: str | None
+    order: str
+    split_seed: int
+
+    def open(self) -> tuple[str, Schema]:
+        """See FileDataset."""
+        if self.path is None:
             raise ValueError("data.path is not set: name the file, as in data.path=clicks.csv")
-        main_path = Path(path) / file if file else Path(path)
-        if main_path.is_dir():
-            names = ", ".join(sorted(p.name for p in main_path.iterdir())[:10])
-            raise ValueError(f"data.path={path}: is a folder; name a file in it with data.file: {names}")
-        main = open_source(main_path, delimiter=delimiter, quote=quote, header=header, columns=columns)
-        sides = []
-        for i, join in enumerate(joins):
-            if set(join) != {"path", "key"}:
-                raise ValueError(
-                    f"data.joins[{i}]={dict(join)}: needs path and key, as in {{path: users.csv, key: user_id}}"
-                )
-            side = open_source(
-                main_path.parent / join["path"], delimiter=delimiter, quote=quote, header=header, columns=None
-            )
-            check_keys(f"data.joins[{i}].key: {side.path}", [join["key"]], side.names)
-            check_keys(f"data.joins[{i}].key: {main.path}", [join["key"]], main.names)
-            sides.append((joined_lists(side, multi_valued), join["key"]))
-        if not (dense or categorical or multi_valued):
-            print(inferred_yaml([main, *(side for side, _ in sides)], [key for _, key in sides]))
+        dense = {} if self.dense is None else self.dense
+        multi_valued = {} if self.multi_valued is None else self.multi_valued
+        check_mapping("data.dense", dense, "{price: log1p}")
+        check_mapping("data.multi_valued", multi_valued, "{genres: '|'}")
+        check_list("data.categorical", self.categorical, "[user, item]")
+        main = self._open_main()
+        sides = self._open_sides(main)
+        sources = [main, *(side for side, _ in sides)]
+        if not (dense or self.categorical or multi_valued):
+            print(inferred_yaml(sources, [key for _, key in sides]))
             raise ValueError(
                 "data: no columns are named. The lines above are what the file suggests: correct them, save them as "
                 "conf/data/NAME.yaml, and run with data=NAME (or give data.label, data.dense, ... on the command line)"
             )
-        check_roles(label, dense, categorical, multi_valued, time, [main, *(side for side, _ in sides)])
-        if label_threshold is not None:
-            check_number("data.label_threshold", label_threshold, -3e38, 3e38)
-        schema = Schema(
+        check_roles(self.label, dense, self.categorical, multi_valued, self.time, sources)
+        if self.label_threshold is not None:
+            check_number("data.label_threshold", self.label_threshold, -3e38, 3e38)
+        return main.path.name, Schema(
             main=joined_lists(main, multi_valued),
-            sides=tuple(sides),
-            label=label,
-            threshold=label_threshold,
+            sides=tuple((joined_lists(side, multi_valued), key) for side, key in sides),
+            label=self.label,
+            threshold=self.label_threshold,
             dense=dict(dense),
-            categorical=tuple(categorical),
+            categorical=tuple(self.categorical),
             multi_valued=dict(multi_valued),
-            time=time,
+            time=self.time,
         )
-        super().__init__(
-            schema,
-            Preparation(split=split, order=order, split_seed=split_seed, min_count=min_count, id_order=id_order),
-            name=main_path.name,
-            cache=cache,
-            on_error=on_error,
-            memory_limit=memory_limit,
-            shuffle_block=shuffle_block,
-            shuffle_seed=shuffle_seed,
-        )
+
+    def split_order(self) -> tuple[str, int]:
+        """See FileDataset."""
+        return self.order, self.split_seed
+
+    def _open_main(self) -> Source:
+        """The file of path and file."""
+        path = Path(self.path) / self.file if self.file else Path(self.path)
+        if path.is_dir():
+            names = ", ".join(sorted(p.name for p in path.iterdir())[:10])
+            raise ValueError(f"data.path={self.path}: is a folder; name a file in it with data.file: {names}")
+        if self.columns is not None:
+            check_list("data.columns", self.columns, "[click, price, user]")
+            for i, name in enumerate(self.columns):
+                check_text(f"data.columns[{i}]", name)
+        return self._open(path, self.columns)
+
+    def _open_sides(self, main: Source) -> list[tuple[Source, str]]:
+        """The files of joins, each with its key."""
+        example, sides = "{path: users.csv, key: user_id}", []
+        check_list("data.joins", self.joins, f"[{example}]")
+        for i, join in enumerate(self.joins):
+            check_mapping(f"data.joins[{i}]", join, example)
+            if set(join) != {"path", "key"}:
+                raise ValueError(f"data.joins[{i}]={dict(join)}: needs path and key, as in {example}")
+            for name in ("path", "key"):
+                check_text(f"data.joins[{i}].{name}", join[name])
+            side = self._open(main.path.parent / join["path"], None)
+            check_keys(f"data.joins[{i}].key: {side.path}", [join["key"]], side.names)
+            check_keys(f"data.joins[{i}].key: {main.path}", [join["key"]], main.names)
+            sides.append((side, join["key"]))
+        return sides
+
+    def _open(self, path: Path, columns: Sequence[str] | None) -> Source:
+        return open_source(path, delimiter=self.delimiter, quote=self.quote, header=self.header, columns=columns)
 
 
 def check_roles(
@@ -117,6 +126,8 @@ def check_roles(
         ("time", [time] if time is not None else []),
     ):
         for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"data.{role} names {name!r}: a column's name is text; put it in quotes")
             if name not in known:
                 raise ValueError(
                     f"data.{role} names no column {name!r}; {sources[0].path.name} has "

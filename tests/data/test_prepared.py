@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -173,15 +174,28 @@ def test_manifest_states_rows_and_sizes(tmp_path):
     assert manifest["sizes"]["ids.bin"] == 100 * 2 * 4 and manifest["sizes"]["indptr.0.bin"] == 101 * 8
 
 
-def test_fingerprint_sees_head_tail_size_time_and_options(tmp_path):
-    path = tmp_path / "f"
+def test_fingerprint_of_a_small_file_is_its_content_and_the_options(tmp_path):
+    path, body = tmp_path / "f", b"x" * 300_000
 
     def digest(content, options=(), mtime=1):
         path.write_bytes(content)
         os.utime(path, ns=(mtime, mtime))
         return fingerprint([path], options)
 
-    body = b"x" * 300_000
-    digests = [digest(body), digest(b"y" + body[1:]), digest(body[:-1] + b"y"), digest(body + b"x")]
-    digests += [digest(body, mtime=2), digest(body, options=(1,))]
-    assert len(set(digests)) == 6 and digest(body) == digests[0]
+    middle = body[:150_000] + b"y" + body[150_001:]
+    digests = [digest(body), digest(b"y" + body[1:]), digest(middle), digest(body + b"x"), digest(body, options=(1,))]
+    assert len(set(digests)) == 5 and digest(body, mtime=2) == digests[0]
+
+
+def test_fingerprint_of_a_large_file_sees_a_change_whose_size_and_time_are_restored(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "WHOLE_BYTES", 200_000)
+    path = tmp_path / "f"
+    path.write_bytes(b"x" * 300_000)
+    before, times = fingerprint([path], ()), path.stat()
+    assert fingerprint([path], ()) == before
+    time.sleep(0.02)  # file systems note the time in ticks of up to 10 ms
+    with open(path, "r+b") as file:
+        file.seek(150_000)
+        file.write(b"y")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and fingerprint([path], ()) != before

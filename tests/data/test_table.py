@@ -1,18 +1,26 @@
 """A table's batches are what a plain Python reading of the file gives, whatever its format, joins and cache."""
 
 import csv
+import errno
 import gzip
 import io
 import os
 from collections import Counter
+from pathlib import Path
 
 import duckdb
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import TABLE, samples_of
 
+from data import table as table_module
+from data.prepared import Writer
 from data.table import Table
+
+CONF = Path(table_module.__file__).parents[1] / "conf"
 
 ROWS = "y,d,c,m,t\n1,0.5,a,x|y,3\n0,,b,,1\n1,2,,y,2\n0,-1,a,z|x,9\n1,3,q,w,8\n0,4,b,x|w,9\n"
 ROLES = {"categorical": ["c"], "multi_valued": {"m": "|"}, "dense": {"d": "none"}}
@@ -186,6 +194,22 @@ def test_joins_look_up_by_key(table, tmp_path):
         table(text, categorical=["u"], multi_valued={"tags": "|"}, **options)
 
 
+def test_main_rows_without_a_partner_are_counted(table, tmp_path, capsys):
+    (tmp_path / "users.csv").write_text("u,age\n1,30\n2,40\n")
+    options = {"joins": [{"path": "users.csv", "key": "u"}], "dense": {"age": "none"}, "categorical": ["u"]}
+    table("y,u\n1,2\n0,1\n1,2\n0,1\n", **options)
+    assert "no row for" not in capsys.readouterr().out
+    table("y,u\n1,2\n0,3\n1,\n0,1\n0,1\n0,1\n0,1\n0,1\n", **options)  # an empty key has no partner
+    assert "users.csv has no row for 2 of the 8 rows of t.csv (25%), by u" in capsys.readouterr().out
+    words = r"no row of .*t\.csv has a partner in .*users\.csv by u; e\.g\. u is ' 1' in t\.csv and '1' in users\.csv"
+    with pytest.raises(ValueError, match=words):
+        (tmp_path / "users.csv").write_text("u,age\n1,30\n2,40\n")
+        table("y,u\n1, 1\n0, 1\n1, 2\n0, 2\n", **options)
+    (tmp_path / "users.csv").write_text("u,age\n")
+    with pytest.raises(ValueError, match="and None in users.csv"):
+        table("y,u\n1,1\n0,1\n", **options)
+
+
 def test_the_cache_is_used_only_for_the_same_files_and_options(table, tmp_path, capsys):
     first = table(ROWS, **ROLES)
     content_time = os.stat(tmp_path / "t.csv").st_mtime_ns
@@ -251,9 +275,61 @@ def test_a_graded_label_is_given_a_threshold(table, capsys):
     assert guess["label"] == "rating" and guess["label_threshold"] == 3 and guess["categorical"] == ["userId", "on"]
 
 
+def test_open_maps_can_be_given_on_the_command_line(tmp_path):
+    (tmp_path / "t.csv").write_text(ROWS)
+    overrides = [f"data.path={tmp_path}/t.csv", f"data.cache={tmp_path}/cache", "data.label=y", "data.categorical=[c]"]
+    given = [[], ["data.dense={d: log1p}"], ["data.dense={d: log1p}", "data.multi_valued={m: '|'}"]]
+    with initialize_config_dir(os.fspath(CONF), version_base="1.3"):
+        made = [instantiate(compose("config", ["data=table", *overrides, *more]).data) for more in given]
+    assert [(d.dense_names, d.feature_names) for d in made] == [([], ["c"]), (["d"], ["c"]), (["d"], ["c", "m"])]
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
+def test_a_cache_that_cannot_be_written_is_named(table, tmp_path, kind):
+    cache = tmp_path / "no"
+    if kind == "read-only":
+        cache.mkdir(mode=0o500)
+        if os.access(cache, os.W_OK):
+            pytest.skip("root may write anywhere")
+    else:
+        cache.write_text("")
+    path = cache / "below" if kind == "below a file" else cache
+    (tmp_path / "t.csv").write_text(ROWS)
+    dataset = Table(os.fspath(tmp_path / "t.csv"), os.fspath(path), **(TABLE | ROLES))
+    with pytest.raises(ValueError, match=f"data.cache={path} .*DLRM_DATA.*(exists|directory|denied)"):
+        dataset.prepare(set())
+
+
+def test_a_full_disk_is_an_error_of_the_cache(table, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Writer, "append", full)
+    with pytest.raises(ValueError, match="data.cache=.*No space left"):
+        table(ROWS, **ROLES)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"categorical": "c"}, r"data.categorical='c': must be a list, as in \[user, item\]"),
+        ({"categorical": 5}, "data.categorical=5: must be a list"),
+        ({"categorical": [1]}, "data.categorical names 1: a column's name is text; put it in quotes"),
+        ({"label": ["y"]}, r"data.label names \['y'\]: a column's name is text"),
+        ({"dense": ["d"]}, r"data.dense=\['d'\]: must be a mapping, as in {price: log1p}"),
+        ({"dense": "d"}, "data.dense='d': must be a mapping"),
+        ({"multi_valued": "m"}, "data.multi_valued='m': must be a mapping, as in {genres: '|'}"),
+        ({"joins": "users.csv"}, "data.joins='users.csv': must be a list, as in "),
+        ({"joins": {"path": "u.csv", "key": "u"}}, "data.joins={.*}: must be a list, as in "),
+        (
+            {"joins": ["users.csv"]},
+            r"data.joins\[0\]='users.csv': must be a mapping, as in {path: users.csv, key: user_id}",
+        ),
+        ({"joins": [{"path": 5, "key": "u"}]}, r"data.joins\[0\].path=5: must be text"),
+        ({"columns": "y,d"}, r"data.columns='y,d': must be a list, as in \[click, price, user\]"),
+        ({"columns": [1, 2, 3, 4, 5]}, r"data.columns\[0\]=1: must be text"),
+        ({"split": 0.8}, "data.split=0.8: must be a mapping with train, valid, test"),
+        ({"split": None}, "data.split=None: must be a mapping with train, valid, test"),
         ({"categorical": ["cc"]}, "data.categorical names no column 'cc'.*has y, d, c, m, t; did you mean 'c'"),
         ({"label": "why"}, "data.label names no column 'why'"),
         ({"label": None}, "data.label is not set"),
