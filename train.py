@@ -243,7 +243,8 @@ def identity(config: dict) -> dict:
         key: value for key, value in config["data"].items() if key not in ("path", "cache", "memory_limit", "on_error")
     }
     same = ("model", "embedding", "features", "compression", "dense_below", "pooling", "seed")
-    return {key: config[key] for key in same} | {"data": data, "batch_size": config["trainer"]["batch_size"]}
+    trainer = {key: config["trainer"][key] for key in ("batch_size", "average_from")}
+    return {key: config[key] for key in same} | {"data": data} | trainer
 
 
 def hparams(config: dict) -> dict:

@@ -25,6 +25,7 @@ class TrainerSettings:
     log_every: int  # steps between records of the loss
     warmup_steps: int  # steps in which the learning rate grows linearly to its value
     decay: str  # from there on: constant, or linear or cosine down to 0 at the last step
+    average_from: float | None  # evaluate the mean of the weights since this share of the steps; None: the last ones
     save_checkpoint: bool  # at the end of the run
     precision: str  # of the dense layers: fp32, or bf16 autocast; logits and loss are fp32
     device: str
@@ -41,6 +42,8 @@ class TrainerSettings:
         for key, value in (("trainer.save_checkpoint", self.save_checkpoint), ("deterministic", self.deterministic)):
             if not isinstance(value, bool):
                 raise ValueError(f"{key}={value}: must be true or false")
+        if self.average_from is not None:
+            _check_share("average_from", self.average_from)
         if self.epochs is None and self.max_steps is None:
             raise ValueError("trainer.epochs and trainer.max_steps are both null: give one, or the run never ends")
         _check_choice("trainer.decay", self.decay, DECAYS)
@@ -64,6 +67,11 @@ class TrainerSettings:
 def _check_integer(name: str, value: object, *, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"trainer.{name}={value}: must be a whole number, at least {at_least}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"trainer.{name}={value}: must be null or a share of the steps in [0, 1)")
 
 
 def _check_device(name: str) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlrm import checkpoint, memory
+from dlrm.average import WeightAverage
 from dlrm.evaluation import Evaluation, evaluate, predict
 from dlrm.interrupt import Interrupt, Stop
 from dlrm.log import RunLog
@@ -51,6 +52,8 @@ class Trainer:
         self.identity = json.loads(json.dumps(identity, allow_nan=False))  # as a checkpoint gives it back
         self.optimizers = {"dense_optimizer": dense_optimizer, "embedding_optimizer": embedding_optimizer}
         self.full_rates = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimizers.items()}
+        self.average = None if settings.average_from is None else WeightAverage(model.parameters())
+        self.saved = self.optimizers | ({} if self.average is None else {"average": self.average})
         self.num_steps = settings.num_steps(self.num_train)
         self.eval_split = "valid" if dataset.num_samples["valid"] else "test"
         # the loop's state, which a checkpoint keeps beside the tensors; sample: how many of this epoch are trained on
@@ -74,7 +77,7 @@ class Trainer:
             raise ValueError(f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run")
         if counters["fingerprint"] != self.dataset.fingerprint:
             raise ValueError(f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']})")
-        checkpoint.load(path, self.model, self.optimizers)
+        checkpoint.load(path, self.model, self.saved)
         self.step, self.epoch, self.sample = counters["step"], counters["epoch"], counters["sample"]
         if self.sample == self.num_train:  # saved at the very end of an epoch
             self.epoch, self.sample = self.epoch + 1, 0
@@ -160,6 +163,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
+        if self.average is not None and self.step > self.settings.average_from * self.num_steps:
+            self.average.step()
         self.sample += len(batch.labels)
         self.num_samples += len(batch.labels)
         self.loss_sum += loss.detach()
@@ -205,7 +210,8 @@ class Trainer:
         began = self._now()
         try:
             check = self.interrupt.check
-            return evaluate(self.model, self.dataset, split, settings=self.settings, check=check, exact=exact)
+            with nullcontext() if self.average is None else self.average.applied():
+                return evaluate(self.model, self.dataset, split, settings=self.settings, check=check, exact=exact)
         finally:
             self.eval_seconds += self._now() - began
 
@@ -238,7 +244,7 @@ class Trainer:
         values = {
             "embedding_bytes": embeddings.num_bytes(),
             "state_bytes": embeddings.state_bytes(),
-            "optimizer_bytes": sum(map(memory.optimizer_bytes, self.optimizers.values())),
+            "optimizer_bytes": sum(map(memory.optimizer_bytes, self.saved.values())),
             "peak_bytes": memory.peak_bytes(self.settings.device),
             "compression": embeddings.num_bytes() / embeddings.dense_equivalent_bytes(),
         }
@@ -249,7 +255,7 @@ class Trainer:
         counters = {"step": self.step, "epoch": self.epoch, "sample": self.sample}
         counters |= {"fingerprint": self.dataset.fingerprint, "identity": self.identity}
         try:
-            path = checkpoint.save(self.log.folder / "checkpoints", self.model, self.optimizers, counters)
+            path = checkpoint.save(self.log.folder / "checkpoints", self.model, self.saved, counters)
         except OSError as error:
             self._say(NOT_SAVED.format(error=error))
             return {"checkpoint_error": str(error)}

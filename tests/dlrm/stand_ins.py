@@ -17,6 +17,7 @@ SETTINGS = {
     "log_every": 5,
     "warmup_steps": 3,
     "decay": "linear",
+    "average_from": None,
     "save_checkpoint": True,
     "precision": "fp32",
     "device": "cpu",

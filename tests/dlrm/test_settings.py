@@ -26,6 +26,8 @@ def make_settings(**changes):
         ({"eval_every": -1}, "trainer.eval_every=-1: .* at least 0"),
         ({"log_every": 0}, "trainer.log_every=0"),
         ({"warmup_steps": -1}, "trainer.warmup_steps=-1"),
+        ({"average_from": 1}, "trainer.average_from=1: must be null or a share of the steps in"),
+        ({"average_from": "half"}, "trainer.average_from=half"),
         ({"decay": "cosin"}, r"trainer.decay=cosin: must be one of constant, linear, cosine; cosine\?"),
         ({"precision": "fp16"}, r"precision=fp16: must be one of fp32, bf16"),
         ({"device": "gpu"}, "device=gpu: must be one of cpu, cuda"),

@@ -120,6 +120,45 @@ def test_resume_is_bitwise_equal_to_not_stopping(make_trainer, stop, sparse):
     assert whole.log.last["test/auc"] == second.log.last["test/auc"]
 
 
+def test_average_is_the_mean_of_the_weights_after_each_step_since_then(make_trainer):
+    trainer = make_trainer(average_from=0.75)
+    after_steps, step = [], trainer.optimizers["dense_optimizer"].step
+    trainer._train_step = lambda batch, inner=trainer._train_step: (inner(batch), after_steps.append(weights(trainer)))
+    summary = trainer.train()
+    assert step.__self__.state and summary["steps"] == len(after_steps) == 40
+    for i, (parameter, state) in enumerate(trainer.average.state.items()):
+        assert state["count"] == 10 and parameter.equal(after_steps[-1][i])
+        mean = torch.stack([after[i].double() for after in after_steps[30:]]).mean(0)
+        torch.testing.assert_close(state["mean"].double(), mean, rtol=1e-5, atol=1e-7)
+
+
+def test_averaged_weights_are_evaluated_and_the_last_ones_trained_and_saved(make_trainer):
+    plain, averaged = make_trainer("plain"), make_trainer("averaged", average_from=0.5)
+    plain.train()
+    summary = averaged.train()
+    assert equal(weights(plain), weights(averaged))
+    assert summary["last"]["test/auc"] != plain.log.last["test/auc"]
+    num_bytes = sum(p.numel() * p.element_size() for p in averaged.model.parameters())
+    assert summary["last"]["memory/optimizer_bytes"] == plain.log.last["memory/optimizer_bytes"] + num_bytes
+    means = make_trainer("means")
+    for parameter, state in zip(means.model.parameters(), averaged.average.state.values(), strict=True):
+        parameter.data.copy_(state["mean"])
+    assert means._evaluate("test", exact=True).exact_values(None)[0]["auc"] == summary["last"]["test/auc"]
+
+
+def test_an_average_is_resumed_bitwise(make_trainer):
+    whole = make_trainer("whole", decay="constant", average_from=0)
+    whole.train()
+    first = make_trainer("first", decay="constant", average_from=0, max_steps=25)
+    first.train()
+    second = make_trainer("second", decay="constant", average_from=0)
+    second.resume(first.log.folder)
+    assert {state["count"] for state in second.average.state.values()} == {25}
+    second.train()
+    means = [[state["mean"] for state in trainer.average.state.values()] for trainer in (whole, second)]
+    assert equal(*means) and equal(weights(whole), weights(second))
+
+
 def test_two_runs_of_one_seed_are_bitwise_equal(make_trainer):
     a, b = make_trainer("a"), make_trainer("b", eval_every=0)  # evaluation changes nothing in training
     a.train()
