@@ -3,6 +3,7 @@
 Sample i of a split is a pure function of (seed, split, i): every column is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
 of a counter, so there is no file, no state, and no work or memory that grows with the tables."""
 
+import bisect
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +29,25 @@ def zipf_ids(uniform: np.ndarray, cardinalities: np.ndarray, exponent: float) ->
     return np.minimum(x.astype(np.int64), cardinalities) - 1  # rounding may reach n + 1
 
 
+def num_expected(num_samples: int, min_count: int, cardinality: int, exponent: float) -> int:
+    """How many ids of such a column are expected at least min_count times in num_samples: the first so many."""
+    power = (1.0 - exponent) or 1e-9
+
+    def expected(i: int) -> float:  # falls with i; the density's integral over [i + 1, i + 2)
+        weight = math.exp(power * math.log(i + 1.0)) * math.expm1(power * math.log1p(1.0 / (i + 1.0)))
+        return num_samples * weight / math.expm1(power * math.log(cardinality + 1.0))
+
+    return bisect.bisect_left(range(cardinality), True, key=lambda i: expected(i) < min_count)
+
+
 class Synthetic:
     """Endless samples in Criteo's shape: dense columns I1.. as log1p of log-normal counts, one Zipf id per C1.. column.
 
     num_samples: {train, valid, test}. Train, valid and test are disjoint streams. An epoch repeats the same train
     samples in another order: position i holds sample (a*i + b) mod n, with a and b from (shuffle_seed, epoch); since
     the samples are independent this mixes as well as a stored permutation, at no memory.
-    signal: shares of the teacher's logit variance, {dense, ids, pairs}, and tail_decay (see Teacher)."""
+    signal: shares of the teacher's logit variance, {dense, ids, pairs}, and tail_decay (see Teacher).
+    min_count: ids expected fewer times in the training samples become one, the last; the teacher knows them all."""
 
     def __init__(
         self,
@@ -48,10 +61,12 @@ class Synthetic:
         click_rate: float,
         teacher_auc: float,
         signal: Mapping[str, float],
+        min_count: int,
     ):
         check_int("data.seed", seed, 0)
         check_int("data.shuffle_seed", shuffle_seed, 0)
         check_int("data.num_dense", num_dense, 0)
+        check_int("data.min_count", min_count, 1)
         check_between("data.zipf_exponent", zipf_exponent, 0.0, 4.0)
         check_between("data.click_rate", click_rate, 0.0, 1.0)
         check_between("data.teacher_auc", teacher_auc, 0.5, 1.0)
@@ -73,7 +88,10 @@ class Synthetic:
             )
         self.feature_names = [f"C{i + 1}" for i in range(len(cardinalities))]
         self.dense_names = [f"I{i + 1}" for i in range(num_dense)]
-        self.cardinalities = dict(zip(self.feature_names, map(int, cardinalities), strict=True))
+        kept = [num_expected(num_samples["train"], min_count, int(n), zipf_exponent) for n in cardinalities]
+        kept = [n if min_count == 1 else min(k + 1, n) for k, n in zip(kept, map(int, cardinalities), strict=True)]
+        self.cardinalities = dict(zip(self.feature_names, kept, strict=True))
+        self._kept = np.array(kept, dtype=np.int64)[:, None]  # [F, 1]
         self.num_samples = {split: int(num_samples[split]) for split in ("train", "valid", "test")}
         self.seed, self.shuffle_seed, self.zipf_exponent = seed, shuffle_seed, float(zipf_exponent)
         self.click_rate, self.teacher_auc = float(click_rate), float(teacher_auc)
@@ -83,6 +101,7 @@ class Synthetic:
         self._auc: dict[str, float] = {}
         options = (seed, self.zipf_exponent, self.click_rate, self.teacher_auc, list(map(int, cardinalities)))
         options += (num_dense, sorted(self.num_samples.items()), sorted((k, float(v)) for k, v in signal.items()))
+        options += () if min_count == 1 else (min_count,)
         self.fingerprint = hashlib.sha256(repr(("synthetic 1", options)).encode()).hexdigest()
 
     def prepare(self, keep_unseen: set[str]) -> None:
@@ -105,6 +124,7 @@ class Synthetic:
             position = np.arange(first, min(first + batch_size, count), dtype=np.uint64)
             indices = (position * np.uint64(step) + np.uint64(shift)) % np.uint64(count)
             normal, ids, labels, _ = self._samples(split, indices)
+            ids = np.minimum(ids, self._kept - 1)
             dense = np.log1p(np.exp(normal)).T  # log1p of a log-normal count, as Criteo's after its transform
             yield Batch(
                 dense=torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)),

@@ -24,6 +24,7 @@ def make(**changes):
         "shuffle_seed": 0,
         "num_dense": 5,
         "zipf_exponent": 1.1,
+        "min_count": 1,
         "click_rate": 0.25,
         "teacher_auc": 0.8,
         "signal": SIGNAL,
@@ -146,8 +147,29 @@ def test_no_memory_grows_with_the_tables():
     assert make(cardinalities=[2**31 - 1] * 26).batches("train", 10).__next__().ids.max() < 2**31 - 1
 
 
+@pytest.mark.parametrize("exponent", [0.7, 1.0, 1.3])
+def test_min_count_joins_the_ids_that_are_rarer_and_changes_nothing_else(exponent):
+    how = {"num_samples": {"train": 50_000, "valid": 0, "test": 100}, "zipf_exponent": exponent}
+    whole, cut = make(**how), make(**how, min_count=50)
+    assert cut.fingerprint != whole.fingerprint
+    (dense, ids, labels), (cut_dense, cut_ids, cut_labels) = (
+        joined(whole.batches("train", 4096)),
+        joined(cut.batches("train", 4096)),
+    )
+    assert dense.equal(cut_dense) and labels.equal(cut_labels)
+    for f, (n, kept) in enumerate(zip(whole.cardinalities.values(), cut.cardinalities.values(), strict=True)):
+        assert cut_ids[:, f].equal(ids[:, f].clamp(max=kept - 1))
+        counts = ids[:, f].bincount(minlength=n)
+        if kept < n:  # id kept - 1 is the first of the rare; counts deviate by their square root
+            assert counts[kept - 2] > 50 - 5 * 50**0.5 and counts[kept:].max() < 50 + 5 * 50**0.5
+        else:
+            assert counts.min() > 50 - 5 * 50**0.5
+    assert cut.cardinalities["C3"] < 5000
+
+
 def test_fingerprint_follows_every_option():
     changes = [{"seed": 1}, {"cardinalities": [5]}, {"click_rate": 0.3}, {"teacher_auc": 0.7}, {"zipf_exponent": 1.0}]
+    changes += [{"min_count": 9}]
     changes += [{"num_dense": 4}, {"signal": SIGNAL | {"pairs": 0}}]
     changes += [{"num_samples": {"train": 1, "valid": 0, "test": 1}}]
     assert len({make(**c).fingerprint for c in changes} | {make().fingerprint}) == len(changes) + 1
@@ -158,6 +180,7 @@ def test_fingerprint_follows_every_option():
     [
         ({"seed": -1}, "data.seed=-1"),
         ({"zipf_exponent": 0}, "data.zipf_exponent=0"),
+        ({"min_count": 0}, "data.min_count=0"),
         ({"click_rate": 1.0}, "data.click_rate=1.0"),
         ({"teacher_auc": 0.5}, "data.teacher_auc=0.5"),
         ({"num_dense": 1.5}, "data.num_dense=1.5"),
