@@ -142,11 +142,13 @@ class Backends:
             own = node if "_target_" in node else config["embedding"] | node
             self.named[name] = backend(f"features.{name}", own)
         self.dense_below = config["dense_below"]
-        self.dense = Dense(
-            embedding_dim=self.default.embedding_dim, compression=1.0, accumulate=self.default.accumulate
-        )
-        if isinstance(self.default, Dense) and config["compression"] != 1:
-            print(f"embedding=dense keeps every row: compression={config['compression']:g} does not apply to it")
+        how = {"accumulate": self.default.accumulate, "init": self.default.init}
+        self.dense = Dense(embedding_dim=self.default.embedding_dim, compression=1.0, **how)
+        if isinstance(self.default, Dense):
+            self.dense = self.default
+        if not self.default.compresses and config["compression"] != 1:
+            name, ratio = self.default.name, config["compression"]
+            print(f"embedding={name}: its rows are given, so compression={ratio:g} does not apply to it")
 
     def stand_in(self, feature_names: list[str], config: dict) -> EmbeddingBags:
         """Embeddings of one row per feature, for the model's constructor to judge its own configuration by."""
@@ -208,9 +210,15 @@ def check_root(config: dict) -> None:
     }.items():
         if config[key] not in choices:
             raise ConfigError(f"{key}={config[key]}: must be one of {some(choices)}" + near(config[key], choices))
-    atomic = [config["embedding"], *config["features"].values()]
-    if config["deterministic"] and any(isinstance(n, dict) and n.get("accumulate") == "atomic" for n in atomic):
+    nodes = [node for node in (config["embedding"], *config["features"].values()) if isinstance(node, dict)]
+    accumulate = [node.get("accumulate") for node in nodes]
+    if config["deterministic"] and "atomic" in accumulate:
         raise ConfigError("deterministic=true: accumulate=atomic does not repeat; use accumulate=rows or sorted")
+    if "auto" in accumulate and config["optimizer"]["embedding"]["_target_"].endswith(".Adam"):
+        raise ConfigError(
+            "accumulate=auto: under optimizer/embedding=adam its pick changes the result (untouched slots move under a "
+            "dense gradient only); use accumulate=rows or sorted"
+        )
 
 
 def print_plan(dataset, bags: EmbeddingBags) -> None:

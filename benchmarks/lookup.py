@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import interleave, record
-from embeddings import Dense, EmbeddingBags, Hashed, native
+from embeddings import QR, Bloom, Dense, EmbeddingBags, Hashed, native
 
 KAGGLE = [1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194]
 KAGGLE += [27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572]
@@ -39,11 +39,15 @@ class Torch(nn.Module):
 def compare(rows: list[int], dim: int, bag: int, batch_size: int, *, device: str, rounds: int) -> list[dict]:
     """Times of each backend and of torch, and ratios torch / ours (above 1: ours is faster)."""
     names = {f"C{i + 1}": n for i, n in enumerate(rows)}
-    common = {"embedding_dim": dim, "accumulate": "rows"}
+    common = {"embedding_dim": dim, "accumulate": "rows", "init": "fair"}
+    hashing = {"hash": "mixed", "sign": False, "shared": False, "compression": 0.1, **common}
+    qr = {"partitions": 2, "collisions": None, "order": "compose", "dims": None}
     backends = {
         "dense": Dense(compression=1.0, **common),
-        "hashed block 8": Hashed(compression=0.1, block=8, **common),
-        "hashed rows": Hashed(compression=0.1, block=dim, **common),
+        "hashed block 8": Hashed(block=8, **hashing),
+        "hashed rows": Hashed(block=dim, **hashing),
+        "bloom": Bloom(num_hashes=2, combine="sum", hash="mixed", importance=0.1, compression=0.1, **common),
+        "qr": QR(operation="mult", compression=0.1, **qr, **common),
     }
     large = {name: {f: backends["dense"] if n < 1000 else b for f, n in names.items()} for name, b in backends.items()}
     modules = {name: EmbeddingBags(b, names, pooling="sum", seed=0).to(device) for name, b in large.items()}

@@ -1,419 +1,321 @@
-// The CUDA kernels: the operators of bag.cpp, in the same order of sums, so that their bits are the CPU's.
-// A bag, a touched slot or a run of 64 touches is the work of `lanes` threads, each holding kVector numbers of the dim.
-#include <cuda_runtime.h>
-
-#include <cub/device/device_radix_sort.cuh>
-#include <cub/device/device_scan.cuh>
+// The CUDA kernels: the operators of bag.cpp, in the same order of sums, so that their bits are the CPU's. A bag, a
+// touched slot or a run of touches is the work of a group of `lanes` threads, each of which takes 16 bytes of numbers
+// at a time where the slots' width allows.
+#include <algorithm>
+#include <bit>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <tuple>
+#include <vector>
 
-#include "bag.h"
+#include "lookup.h"
 
 namespace embeddings {
 namespace {
 
 constexpr int kThreads = 256;
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));
-}
+// --- forward ---------------------------------------------------------------------------------------------------------
 
-// --- errors without a host synchronisation ---------------------------------------------------------------------------
-
-// The first bad id that a slab's kernels met. In mapped host memory: a kernel writes it, the next call on the slab
-// reads and raises it. Kernels skip bad ids, so nothing is read or written out of bounds and the CUDA context stays
-// usable.
-struct BadId {
-  int state;  // 0 none, 1 being written, 2 complete
-  int is_id;
-  int64_t table, place, first, second;  // as CPU FirstError: id and limit, or begin and end of a bag
-};
-
-// One record per slab, named by its features; never freed, since a captured graph may still write to it.
-BadId* bad_id_of(const Call& call) {
-  static std::mutex lock;
-  static std::map<std::string, BadId*> records;
-  std::lock_guard<std::mutex> guard(lock);
-  BadId*& record = records[call.features];
-  if (record == nullptr) {
-    check(cudaHostAlloc(reinterpret_cast<void**>(&record), sizeof(BadId), cudaHostAllocMapped | cudaHostAllocPortable));
-    *record = BadId{};
-  }
-  if (__atomic_load_n(&record->state, __ATOMIC_ACQUIRE) == 2) {
-    const BadId bad = *record;
-    __atomic_store_n(&record->state, 0, __ATOMIC_RELEASE);  // last: from here on a kernel may write it again
-    if (bad.is_id) call.fail_id(bad.table, bad.place, bad.first, bad.second);
-    call.fail_offsets(bad.table, bad.place, bad.first, bad.second);
-  }
-  return record;
-}
-
-__device__ void note(BadId* bad, int64_t table, int64_t place, int64_t first, int64_t second, bool is_id) {
-  if (atomicCAS_system(&bad->state, 0, 1) != 0) return;
-  bad->is_id = is_id, bad->table = table, bad->place = place, bad->first = first, bad->second = second;
-  __threadfence_system();
-  atomicExch_system(&bad->state, 2);
-}
-
-// Also notes, once per feature, a feature that the batch has no bags for, and offsets that do not cover all ids.
-__device__ bool valid_bag(const Ids& at, int64_t f, int64_t b, BadId* bad) {
-  const int64_t position = at.tables[f].position;
-  if (position < 0 || (position + 1) * at.batch_size > at.num_bags) {
-    note(bad, f, b, position, at.num_bags / at.batch_size, false);
-    return false;
-  }
-  if (b == 0 && at.offsets && (at.offsets[0] != 0 || at.offsets[at.num_bags] != at.num_ids)) {
-    note(bad, f, b, at.offsets[0], at.offsets[at.num_bags], false);
-  }
-  const int64_t begin = at.begin(f, b), end = at.end(f, b);
-  if (begin >= 0 && begin <= end && end <= at.num_ids) return true;
-  note(bad, f, b, begin, end, false);
-  return false;
-}
-
-template <typename Map>
-__device__ bool valid_id(const Ids& at, int64_t f, int64_t n, int64_t id, BadId* bad) {
-  if (!Map::ranged || (id >= 0 && id < at.tables[f].num_embeddings)) return true;
-  note(bad, f, n, id, at.tables[f].num_embeddings, true);
-  return false;
-}
-
-// --- what the kernels share
-// -------------------------------------------------------------------------------------------
-
-// kVector numbers that are loaded and stored at once: 16 bytes where rows allow.
-template <typename weight_t, int kVector>
-struct alignas(sizeof(weight_t) * kVector) Pack {
-  weight_t at[kVector];
-};
-
-// Sums in the order of index_map.h, kVector numbers at a time.
-template <typename real, int kVector>
-struct OrderedSum {
-  real total[kVector], run[kVector];
-  int64_t count = 0;
-
-  __device__ void add(const real (&v)[kVector]) {
-    if (count % kRun == 0) {
-      if (count) close_run();
-      for (int i = 0; i < kVector; ++i) run[i] = v[i];
-    } else {
-      for (int i = 0; i < kVector; ++i) run[i] += v[i];
-    }
-    ++count;
-  }
-  __device__ void finish(real (&sum)[kVector]) {
-    if (count > kRun) close_run();
-    for (int i = 0; i < kVector; ++i) sum[i] = count == 0 ? real(0) : count > kRun ? total[i] : run[i];
-  }
-  __device__ void close_run() {
-    const bool first = count <= kRun;
-    for (int i = 0; i < kVector; ++i) total[i] = first ? run[i] : total[i] + run[i];
-  }
-};
-
-template <typename real>
-__device__ bool replaces(real v, real best) {
-  return best == best && !(v <= best);
-}
-
-// Sizes that every kernel needs, beside the ids.
-struct Shape {
-  int64_t dim, width, chunks, pooling;
-  int lanes;  // threads per row of dim (or width) numbers: a power of two, at most a warp
-};
-
-// Weight of position n's vector: v * this / count.
-template <typename weight_t, typename real>
-__device__ real sample_weight(const weight_t* sample_weights, int64_t n) {
-  return sample_weights ? static_cast<real>(sample_weights[n]) : real(1);
-}
-
-__device__ int64_t group_index(const Shape& shape) {
-  return (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / shape.lanes;
-}
-__device__ int64_t num_groups(const Shape& shape) {
-  return gridDim.x * int64_t(blockDim.x) / shape.lanes;
-}
-__device__ int lane_index(const Shape& shape) {
-  return threadIdx.x % shape.lanes;
-}
-
-// Loads kVector numbers of id's vector, from number d on.
-template <typename weight_t, typename Map, int kVector, typename real>
-__device__ void load(const weight_t* slab, const Table& table, uint64_t key, int64_t width, int64_t d,
-                     real (&to)[kVector]) {
-  const int64_t slot = table.first_slot + Map::slot(table, key, d / width);
-  const auto pack = *reinterpret_cast<const Pack<weight_t, kVector>*>(slab + slot * width + d % width);
-  for (int i = 0; i < kVector; ++i) to[i] = static_cast<real>(pack.at[i]);
-}
-
-template <typename weight_t, int kVector, typename real>
-__device__ void store(weight_t* to, const real (&from)[kVector]) {
-  Pack<weight_t, kVector> pack;
-  for (int i = 0; i < kVector; ++i) pack.at[i] = static_cast<weight_t>(from[i]);
-  *reinterpret_cast<Pack<weight_t, kVector>*>(to) = pack;
-}
-
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
-
-// out [B, F, D] if given; argmax [F * B, D], the position of each maximum, if given (-1 in an empty bag).
-template <typename weight_t, typename Map, int kVector>
+// out [B, columns]
+template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
-    forward_kernel(Ids at, Shape shape, const weight_t* __restrict__ slab, const weight_t* __restrict__ sample_weights,
-                   weight_t* __restrict__ out, int64_t* __restrict__ argmax, BadId* bad) {
-  using real = typename Accumulator<weight_t>::type;
-  const int64_t num_bags = at.num_tables * at.batch_size;
-  for (int64_t bag = group_index(shape); bag < num_bags; bag += num_groups(shape)) {
-    const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
-    const bool valid = valid_bag(at, f, b, bad);
-    const Table table = at.tables[f];
-    const int64_t begin = valid ? at.begin(f, b) : 0, end = valid ? at.end(f, b) : 0;  // a bad bag gives zeros
-    const real divisor = valid ? at.divisor<real>(f, b, shape.pooling) : real(1);
-    for (int64_t d = lane_index(shape) * kVector; d < shape.dim; d += shape.lanes * kVector) {
-      OrderedSum<real, kVector> sum;
-      real best[kVector], v[kVector];
-      int64_t winner[kVector];
-      for (int i = 0; i < kVector; ++i) best[i] = 0, winner[i] = -1;
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t id = at.id(n);
-        if (!valid_id<Map>(at, f, n, id, bad)) continue;
-        load<weight_t, Map, kVector>(slab, table, Map::key(table, id), shape.width, d, v);
-        if (shape.pooling == kMax) {
-          for (int i = 0; i < kVector; ++i) {
-            if (winner[i] < 0 || replaces(v[i], best[i])) best[i] = v[i], winner[i] = n;
-          }
-          continue;
-        }
-        if (sample_weights) {
-          const real w = sample_weight<weight_t, real>(sample_weights, n);
-          for (int i = 0; i < kVector; ++i) v[i] *= w;
-        }
+    sum_kernel(Lookup lookup, typename Lookup::weight_t* __restrict__ out, int lanes) {
+  const Group group = group_of(lanes);
+  lookup.for_each_bag(group, lookup.parts(), [&](const Bag& bag, int64_t part) {
+    const Table& table = lookup.at.table(bag.f, part);
+    const int64_t count = lookup.pooling == kMean ? bag.end - bag.begin : 1;
+    lookup.for_each_pack(group, table.width, table.dim, [&](auto pack, int d) {
+      OrderedSum<typename Lookup::real, pack> sum;
+      typename Lookup::real v[pack];
+      lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
+        lookup.vector(bag.f, part, id, d, v);
+        if (lookup.sample_weights) scale(v, static_cast<typename Lookup::real>(lookup.sample_weights[n]));
         sum.add(v);
+      });
+      sum.finish(v);
+      if (count > 1) {
+        for (int i = 0; i < pack; ++i) v[i] /= static_cast<typename Lookup::real>(count);
       }
-      if (shape.pooling != kMax) {
-        sum.finish(best);
-        for (int i = 0; i < kVector; ++i) best[i] /= divisor;
-      }
-      if (out) store<weight_t, kVector>(out + (b * at.num_tables + f) * shape.dim + d, best);
-      if (argmax) {
-        for (int i = 0; i < kVector; ++i) argmax[bag * shape.dim + d + i] = winner[i];
-      }
-    }
-  }
+      store(out + bag.b * lookup.columns + table.column + d, v);
+    });
+  });
 }
 
-// --- gradients
-// --------------------------------------------------------------------------------------------------------
-
-// What position n of bag f * B + b adds to the gradient of numbers d.. of its vector.
-template <typename weight_t, int kVector, typename real>
-__device__ void contribution(const Ids& at, const Shape& shape, const weight_t* grad, const weight_t* sample_weights,
-                             const int64_t* argmax, int64_t bag, int64_t n, int64_t d, real (&to)[kVector]) {
-  const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
-  const weight_t* g = grad + (b * at.num_tables + f) * shape.dim + d;
-  const auto pack = *reinterpret_cast<const Pack<weight_t, kVector>*>(g);
-  for (int i = 0; i < kVector; ++i) to[i] = static_cast<real>(pack.at[i]);
-  if (argmax) {
-    for (int i = 0; i < kVector; ++i) to[i] = argmax[bag * shape.dim + d + i] == n ? to[i] : real(0);
-    return;
-  }
-  if (sample_weights) {
-    const real w = sample_weight<weight_t, real>(sample_weights, n);
-    for (int i = 0; i < kVector; ++i) to[i] *= w;
-  }
-  const real divisor = at.divisor<real>(f, b, shape.pooling);
-  for (int i = 0; i < kVector; ++i) to[i] /= divisor;
+// out [B, columns] if given; argmax [B, columns], the position of each maximum (-1 in an empty bag), if given. The
+// first of equals wins, and a NaN, once met, stays.
+template <typename Lookup>
+__global__ void __launch_bounds__(kThreads)
+    max_kernel(Lookup lookup, typename Lookup::weight_t* __restrict__ out, int64_t* __restrict__ argmax, int lanes) {
+  const Group group = group_of(lanes);
+  lookup.for_each_bag(group, lookup.parts(), [&](const Bag& bag, int64_t part) {
+    const Table& table = lookup.at.table(bag.f, part);
+    lookup.for_each_pack(group, table.width, table.dim, [&](auto pack, int d) {
+      typename Lookup::real best[pack], v[pack];
+      int64_t winner[pack];
+      for (int i = 0; i < pack; ++i) best[i] = 0, winner[i] = -1;
+      lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
+        lookup.vector(bag.f, part, id, d, v);
+        for (int i = 0; i < pack; ++i) {
+          if (winner[i] < 0 || (best[i] == best[i] && !(v[i] <= best[i]))) best[i] = v[i], winner[i] = n;
+        }
+      });
+      const int64_t first = bag.b * lookup.columns + table.column + d;
+      if (out) store(out + first, best);
+      if (argmax) store(argmax + first, winner);
+    });
+  });
 }
 
-__device__ void add_atomically(float* to, float v) {
-  atomicAdd(to, v);
-}
-__device__ void add_atomically(double* to, double v) {
-  atomicAdd(to, v);
+// --- gradients by atomics --------------------------------------------------------------------------------------------
+
+// to[i] += v[i]. Threads of a warp that meet at one slot, as those of a hot id do, add up first and then write once.
+template <typename real, int kVector>
+__device__ void add_atomically(real* to, const real (&v)[kVector]) {
+  namespace cg = cooperative_groups;
+  const auto group = cg::labeled_partition(cg::coalesced_threads(), to);
+  for (int i = 0; i < kVector; ++i) {
+    const real sum = group.size() == 1 ? v[i] : cg::reduce(group, v[i], cg::plus<real>());
+    if (group.thread_rank() == 0 && sum != real(0)) atomicAdd(to + i, sum);
+  }
 }
 
 // to [S, Z] += every contribution, in no fixed order.
-template <typename weight_t, typename Map, int kVector>
+template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
-    atomic_backward_kernel(Ids at, Shape shape, const weight_t* __restrict__ grad,
-                           const weight_t* __restrict__ sample_weights, const int64_t* __restrict__ argmax,
-                           typename Accumulator<weight_t>::type* __restrict__ to, BadId* bad) {
-  using real = typename Accumulator<weight_t>::type;
-  const int64_t num_bags = at.num_tables * at.batch_size;
-  for (int64_t bag = group_index(shape); bag < num_bags; bag += num_groups(shape)) {
-    const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
-    if (!valid_bag(at, f, b, bad)) continue;
-    const Table table = at.tables[f];
-    for (int64_t n = at.begin(f, b); n < at.end(f, b); ++n) {
-      const int64_t id = at.id(n);
-      if (!valid_id<Map>(at, f, n, id, bad)) continue;
-      const uint64_t key = Map::key(table, id);
-      for (int64_t d = lane_index(shape) * kVector; d < shape.dim; d += shape.lanes * kVector) {
-        real v[kVector];
-        contribution<weight_t, kVector>(at, shape, grad, sample_weights, argmax, bag, n, d, v);
-        real* slot = to + (table.first_slot + Map::slot(table, key, d / shape.width)) * shape.width + d % shape.width;
-        for (int i = 0; i < kVector; ++i) {
-          if (!argmax || argmax[bag * shape.dim + d + i] == n) add_atomically(slot + i, v[i]);
-        }
-      }
-    }
-  }
-}
-
-// Sorted sums work on "touches", one per chunk of an id. Touch number: occurrence * chunks + c, where an occurrence is
-// the bag f * B + b when every bag has one id, else the position n in the batch's ids (so features of other slabs leave
-// gaps).
-struct Touches {
-  uint64_t* slots;  // [M], num_slots where a gap is
-  uint64_t* order;  // [M] touch numbers
-  int64_t* bags;    // [N] bag of each position, or nullptr with one id per bag
-  int64_t* starts;  // [M] where the segment of equal slots begins
-  int64_t count;    // M
-  int64_t num_slots;
-};
-
-__device__ int64_t bag_of(const Touches& touches, int64_t occurrence) {
-  return touches.bags ? touches.bags[occurrence] : occurrence;
-}
-__device__ int64_t position_of(const Ids& at, const Touches& touches, int64_t occurrence) {
-  return touches.bags ? occurrence : at.begin(occurrence / at.batch_size, occurrence % at.batch_size);
-}
-
-__global__ void __launch_bounds__(kThreads) clear_touches_kernel(Touches touches) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < touches.count;
-       i += gridDim.x * int64_t(blockDim.x)) {
-    touches.slots[i] = static_cast<uint64_t>(touches.num_slots);
-    touches.order[i] = static_cast<uint64_t>(i);
-  }
-}
-
-template <typename Map>
-__global__ void __launch_bounds__(kThreads) touch_kernel(Ids at, Shape shape, Touches touches, BadId* bad) {
-  const int64_t num_bags = at.num_tables * at.batch_size;
-  for (int64_t bag = group_index(shape); bag < num_bags; bag += num_groups(shape)) {
-    const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
-    if (!valid_bag(at, f, b, bad)) continue;
-    const Table table = at.tables[f];
-    for (int64_t n = at.begin(f, b); n < at.end(f, b); ++n) {
-      const int64_t id = at.id(n);
-      if (!valid_id<Map>(at, f, n, id, bad)) continue;
-      const uint64_t key = Map::key(table, id);
-      const int64_t occurrence = touches.bags ? n : bag;
-      for (int64_t c = lane_index(shape); c < shape.chunks; c += shape.lanes) {
-        touches.slots[occurrence * shape.chunks + c] =
-            static_cast<uint64_t>(table.first_slot + Map::slot(table, key, c));
-      }
-      if (touches.bags && lane_index(shape) == 0) touches.bags[n] = bag;
-    }
-  }
-}
-
-// starts[i] = i where a segment of equal slots begins, else 0; a running maximum then gives every touch its segment's
-// start.
-__global__ void __launch_bounds__(kThreads) mark_starts_kernel(Touches touches, int64_t* rows) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < touches.count;
-       i += gridDim.x * int64_t(blockDim.x)) {
-    const bool head = i == 0 || touches.slots[i] != touches.slots[i - 1];
-    touches.starts[i] = head ? i : 0;
-    if (rows) rows[i] = head && touches.slots[i] < static_cast<uint64_t>(touches.num_slots);
-  }
-}
-
-// partial [M, Z]: at each run's first touch, the sum of its up to kRun contributions, left to right.
-template <typename weight_t, int kVector>
-__global__ void __launch_bounds__(kThreads)
-    sum_runs_kernel(Ids at, Shape shape, Touches touches, const weight_t* __restrict__ grad,
-                    const weight_t* __restrict__ sample_weights, const int64_t* __restrict__ argmax,
-                    typename Accumulator<weight_t>::type* __restrict__ partial) {
-  using real = typename Accumulator<weight_t>::type;
-  for (int64_t i = group_index(shape); i < touches.count; i += num_groups(shape)) {
-    const uint64_t slot = touches.slots[i];
-    if (slot >= static_cast<uint64_t>(touches.num_slots) || (i - touches.starts[i]) % kRun != 0) continue;
-    for (int64_t z = lane_index(shape) * kVector; z < shape.width; z += shape.lanes * kVector) {
-      OrderedSum<real, kVector> sum;
-      for (int64_t j = i; j < touches.count && j < i + kRun && touches.slots[j] == slot; ++j) {
-        const int64_t occurrence = static_cast<int64_t>(touches.order[j]) / shape.chunks;
-        const int64_t chunk = static_cast<int64_t>(touches.order[j]) % shape.chunks;
-        real v[kVector];
-        contribution<weight_t, kVector>(at, shape, grad, sample_weights, argmax, bag_of(touches, occurrence),
-                                        position_of(at, touches, occurrence), chunk * shape.width + z, v);
-        sum.add(v);
-      }
-      real run[kVector];
-      sum.finish(run);
-      store<real, kVector>(partial + i * shape.width + z, run);
-    }
-  }
-}
-
-// The runs of each segment, left to right, into the dense gradient [S, Z], or (rows given) into slots [U] and values
-// [U, Z].
-template <typename weight_t, int kVector>
-__global__ void __launch_bounds__(kThreads)
-    sum_segments_kernel(Shape shape, Touches touches, const typename Accumulator<weight_t>::type* __restrict__ partial,
-                        const int64_t* __restrict__ rows, int64_t* __restrict__ slots, weight_t* __restrict__ values) {
-  using real = typename Accumulator<weight_t>::type;
-  for (int64_t i = group_index(shape); i < touches.count; i += num_groups(shape)) {
-    const uint64_t slot = touches.slots[i];
-    if (slot >= static_cast<uint64_t>(touches.num_slots) || touches.starts[i] != i) continue;
-    const int64_t row = rows ? rows[i] - 1 : static_cast<int64_t>(slot);  // rows: inclusive count of segments so far
-    if (rows && lane_index(shape) == 0) slots[row] = static_cast<int64_t>(slot);
-    for (int64_t z = lane_index(shape) * kVector; z < shape.width; z += shape.lanes * kVector) {
-      real sum[kVector];
-      for (int64_t j = i; j < touches.count && touches.slots[j] == slot; j += kRun) {
-        const auto run = *reinterpret_cast<const Pack<real, kVector>*>(partial + j * shape.width + z);
-        for (int k = 0; k < kVector; ++k) sum[k] = j == i ? run.at[k] : sum[k] + run.at[k];
-      }
-      store<weight_t, kVector>(values + row * shape.width + z, sum);
-    }
-  }
-}
-
-template <typename weight_t, typename Map>
-__global__ void __launch_bounds__(kThreads)
-    sample_weights_kernel(Ids at, Shape shape, const weight_t* __restrict__ grad, const weight_t* __restrict__ slab,
-                          weight_t* __restrict__ out, BadId* bad) {
-  using real = typename Accumulator<weight_t>::type;
-  const int64_t num_bags = at.num_tables * at.batch_size;
-  for (int64_t bag = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; bag < num_bags;
-       bag += gridDim.x * int64_t(blockDim.x)) {
-    const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
-    if (!valid_bag(at, f, b, bad)) continue;
-    const Table table = at.tables[f];
-    const int64_t begin = at.begin(f, b), end = at.end(f, b);
-    const real divisor = at.divisor<real>(f, b, shape.pooling);
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t id = at.id(n);
-      if (!valid_id<Map>(at, f, n, id, bad)) continue;
-      const uint64_t key = Map::key(table, id);
-      OrderedSum<real, 1> sum;
-      for (int64_t d = 0; d < shape.dim; ++d) {
-        real v[1];
-        load<weight_t, Map, 1>(slab, table, key, shape.width, d, v);
-        v[0] = v[0] * static_cast<real>(grad[(b * at.num_tables + f) * shape.dim + d]) / divisor;
-        sum.add(v);
-      }
-      real total[1];
-      sum.finish(total);
-      out[n] = static_cast<weight_t>(total[0]);
-    }
-  }
+    atomic_kernel(Lookup lookup, typename Lookup::real* __restrict__ to, int lanes) {
+  const Group group = group_of(lanes);
+  lookup.for_each_bag(group, lookup.at.probes, [&](const Bag& bag, int64_t k) {
+    const Table& table = lookup.at.table(bag.f, k);
+    lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
+      const uint64_t key = lookup.map.key(table, id);
+      lookup.for_each_pack(group, table.width, table.dim, [&](auto pack, int d) {
+        typename Lookup::real v[pack];
+        lookup.contribution(bag, n, k, d, v);
+        const int width = static_cast<int>(table.width), chunk = d / width;
+        const Read read = lookup.map.read(table, key, chunk);
+        negate_if(read.negative, v);
+        add_atomically(to + table.begin + read.slot * width + (d - chunk * width), v);
+      });
+    });
+  });
 }
 
 template <typename from_t, typename to_t>
 __global__ void __launch_bounds__(kThreads)
-    convert_kernel(const from_t* __restrict__ from, to_t* __restrict__ to, int64_t n) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += gridDim.x * int64_t(blockDim.x)) {
-    to[i] = static_cast<to_t>(from[i]);
+    convert_kernel(const from_t* __restrict__ from, to_t* __restrict__ to, int64_t n, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t i = group.index; i < n; i += group.count) to[i] = static_cast<to_t>(from[i]);
+}
+
+// --- gradients by sorted sums ----------------------------------------------------------------------------------------
+
+// A touch is one chunk of one probe of an id. Its number: (occurrence * K + probe) * chunks + chunk. Occurrences number
+// the slab's ids by feature, sample and position: without offsets they are the bags f * B + b, with offsets the
+// positions, shifted so that the features' ranges follow one another in the slab's order.
+struct Touches {
+  uint64_t* slots;  // [M] first unit of the slot, kNoSlot where there is no touch of that number
+  uint64_t* order;  // [M] touch number * 2, + 1 if its numbers count negatively
+  int64_t* bags;    // [N] bag f * B + b of each occurrence; nullptr without offsets
+  int64_t* shifts;  // [F] occurrence - position; nullptr without offsets
+  int64_t count, num_occurrences;
+
+  static constexpr uint64_t kNoSlot = ~0ull;
+
+  // The rest is for touches that are sorted by slot.
+  __device__ bool begins_slot(int64_t i) const { return slots[i] != kNoSlot && (i == 0 || slots[i - 1] != slots[i]); }
+  // The touch in [q * kRun, + kRun) that begins a run, but not its slot's first one; -1 if none does. There is at most
+  // one: it is of the slot at q * kRun, as a slot that begins later has its second run beyond.
+  __device__ int64_t later_run(int64_t q) const {
+    const int64_t block = q * kRun;
+    const uint64_t slot = slots[block];
+    if (slot == kNoSlot || block == 0 || slots[block - 1] != slot) return -1;
+    int64_t first = 0, last = block;  // the slot begins in [first, last]
+    while (first < last) {
+      const int64_t middle = (first + last) / 2;
+      if (slots[middle] < slot) {
+        first = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
+    const int64_t i = first + (block - first + kRun - 1) / kRun * kRun;
+    return i < count && slots[i] == slot ? i : -1;
+  }
+};
+
+struct Touch {
+  Bag bag;  // without its positions
+  int64_t n, k;
+  int chunk;
+  bool negative;
+};
+
+template <typename Map>
+__device__ Touch touch_at(const Batch<Map>& batch, const Touches& touches, int64_t i) {
+  const Ids& at = batch.at;
+  const auto number = static_cast<int64_t>(touches.order[i] / 2), vector = number / batch.chunks;
+  const int64_t occurrence = vector / at.probes, bag = touches.bags ? touches.bags[occurrence] : occurrence;
+  const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
+  const int64_t n = touches.shifts ? occurrence - touches.shifts[f] : at.begin(f, b);
+  return {{f, b, 0, 0}, n, vector % at.probes, static_cast<int>(number % batch.chunks), touches.order[i] % 2 == 1};
+}
+
+template <typename Map>
+__device__ int64_t width_at(const Batch<Map>& batch, const Touches& touches, int64_t i) {
+  const Touch touch = touch_at(batch, touches, i);
+  return batch.at.table(touch.bag.f, touch.k).width;
+}
+
+// Also notes features that share a position: their occurrences could be more than the batch has ids.
+template <typename Map>
+__global__ void __launch_bounds__(kThreads) shift_kernel(Batch<Map> batch, int64_t* __restrict__ shifts, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t f = group.index; f < batch.at.num_features; f += group.count) {
+    int64_t shift = 0;
+    for (int64_t g = 0; g <= f; ++g) {
+      if (!batch.has_bags(g)) continue;
+      const Bag whole = batch.whole(g);
+      shift += g < f ? whole.end - whole.begin : -whole.begin;
+      const int64_t position = batch.at.table(g, 0).position;
+      if (g < f && position == batch.at.table(f, 0).position) batch.note(kSharedPosition, f, 0, position);
+    }
+    shifts[f] = shift;
   }
 }
 
-// --- launches
-// ---------------------------------------------------------------------------------------------------------
+template <typename Map>
+__global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touches touches, int lanes) {
+  const Group group = group_of(lanes);
+  const Ids& at = batch.at;
+  batch.for_each_bag(group, at.probes, [&](const Bag& bag, int64_t k) {
+    if (bag.begin == bag.end) return;
+    const Table& table = at.table(bag.f, k);
+    if (touches.shifts) {
+      const Bag whole = batch.whole(bag.f);
+      const bool fits = whole.end + touches.shifts[bag.f] <= touches.num_occurrences;
+      if (bag.begin < whole.begin || bag.end > whole.end || !fits) return;  // something else is wrong, and noted
+    }
+    const int64_t number_of_bag = bag.f * at.batch_size + bag.b;
+    batch.for_each_id(bag, [&](int64_t n, int64_t id) {
+      const int64_t occurrence = touches.shifts ? n + touches.shifts[bag.f] : number_of_bag;
+      if (touches.bags && k == 0 && group.lane == 0) touches.bags[occurrence] = number_of_bag;
+      const uint64_t key = batch.map.key(table, id);
+      for (int64_t chunk = group.lane; chunk < table.chunks(); chunk += group.lanes) {
+        const Read read = batch.map.read(table, key, chunk);
+        const int64_t number = (occurrence * at.probes + k) * batch.chunks + chunk;
+        touches.slots[number] = static_cast<uint64_t>((table.begin + read.slot * table.width) / batch.unit);
+        touches.order[number] = static_cast<uint64_t>(number) * 2 + read.negative;
+      }
+    });
+  });
+}
+
+// rows[i] = units of the slot that begins at touch i, 0 if none does.
+template <typename Map>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(Batch<Map> batch, Touches touches, int64_t* __restrict__ rows, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t i = group.index; i < touches.count; i += group.count) {
+    rows[i] = touches.begins_slot(i) ? width_at(batch, touches, i) / batch.unit : 0;
+  }
+}
+
+// Numbers z.. of the run that begins at touch `first`: up to kRun contributions to one slot, left to right.
+template <typename Lookup, int kVector, typename real>
+__device__ void sum_run(const Lookup& lookup, const Touches& touches, int64_t first, int width, int z,
+                        real (&sum)[kVector]) {
+  const uint64_t slot = touches.slots[first];
+  for (int64_t j = first; j < touches.count && j < first + kRun && touches.slots[j] == slot; ++j) {
+    const Touch touch = touch_at(lookup, touches, j);
+    real v[kVector];
+    lookup.contribution(touch.bag, touch.n, touch.k, touch.chunk * width + z, v);
+    negate_if(touch.negative, v);
+    for (int i = 0; i < kVector; ++i) sum[i] = j == first ? v[i] : sum[i] + v[i];
+  }
+}
+
+// partial [M / kRun, reach]: the first `reach` numbers of every run that is not its slot's first; row q is that of
+// Touches::later_run(q).
+template <typename Lookup>
+__global__ void __launch_bounds__(kThreads)
+    later_runs_kernel(Lookup lookup, Touches touches, typename Lookup::real* __restrict__ partial, int64_t reach,
+                      int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t q = group.index; q * kRun < touches.count; q += group.count) {
+    const int64_t i = touches.later_run(q);
+    if (i < 0) continue;
+    const int64_t width = width_at(lookup, touches, i);
+    lookup.for_each_pack(group, width, width < reach ? width : reach, [&](auto pack, int z) {
+      typename Lookup::real run[pack];
+      sum_run(lookup, touches, i, static_cast<int>(width), z, run);
+      store(partial + q * reach + z, run);
+    });
+  }
+}
+
+// Each touched slot's runs, left to right, into the dense gradient [S, Z], or (rows [M] given, summed up to each touch)
+// into units [U] and values [U, Z].
+template <typename Lookup>
+__global__ void __launch_bounds__(kThreads)
+    slots_kernel(Lookup lookup, Touches touches, const typename Lookup::real* __restrict__ partial, int64_t reach,
+                 const int64_t* __restrict__ rows, int64_t* __restrict__ units,
+                 typename Lookup::weight_t* __restrict__ values, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t first = group.index; first < touches.count; first += group.count) {
+    if (!touches.begins_slot(first)) continue;
+    const int64_t width = width_at(lookup, touches, first), num_units = width / lookup.unit;
+    const auto slot = static_cast<int64_t>(touches.slots[first]);
+    const int64_t row = rows ? rows[first] - num_units : slot;
+    if (rows) {
+      for (int64_t u = group.lane; u < num_units; u += group.lanes) units[row + u] = slot + u;
+    }
+    lookup.for_each_pack(group, width, width, [&](auto pack, int z) {
+      typename Lookup::real sum[pack], run[pack];
+      for (int64_t i = first; i < touches.count && touches.slots[i] == touches.slots[first]; i += kRun) {
+        if (i == first || z >= reach) {
+          sum_run(lookup, touches, i, static_cast<int>(width), z, run);
+        } else {
+          load(partial + i / kRun * reach + z, run);
+        }
+        for (int j = 0; j < pack; ++j) sum[j] = i == first ? run[j] : sum[j] + run[j];
+      }
+      store(values + row * lookup.unit + z, sum);
+    });
+  }
+}
+
+// out [N]: the ordered sum of an id's vector times the gradient of its bag, over all columns of its feature.
+template <typename Lookup>
+__global__ void __launch_bounds__(kThreads)
+    sample_weights_kernel(Lookup lookup, typename Lookup::weight_t* __restrict__ out, int lanes) {
+  using real = typename Lookup::real;
+  const Group group = group_of(lanes);
+  lookup.for_each_bag(group, 1, [&](const Bag& bag, int64_t) {
+    lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
+      const real divisor = lookup.at.template divisor<real>(bag.f, bag.b, lookup.pooling);
+      OrderedSum<real, 1> sum;
+      for (int64_t part = 0; part < lookup.parts(); ++part) {
+        const Table& table = lookup.at.table(bag.f, part);
+        lookup.for_each_pack(group, table.width, table.dim, [&](auto pack, int d) {
+          real v[pack], g[pack];
+          lookup.vector(bag.f, part, id, d, v);
+          load(lookup.grad + bag.b * lookup.columns + table.column + d, g);
+          for (int i = 0; i < pack; ++i) sum.add({v[i] * g[i] / divisor});
+        });
+      }
+      real total[1];
+      sum.finish(total);
+      out[n] = static_cast<typename Lookup::weight_t>(total[0]);
+    });
+  });
+}
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));
+}
 
 // The device and stream of one call.
 class Launch {
@@ -425,72 +327,51 @@ class Launch {
   }
   cudaStream_t stream() const { return stream_; }
 
-  // Runs kernel over `work` groups of `lanes` threads, if there is any.
+  // Runs kernel(arguments..., lanes) over `work` groups of `lanes` threads, if there is any.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t work, int lanes, Arguments... arguments) const {
     if (work == 0) return;
-    const int64_t blocks = (work * lanes + kThreads - 1) / kThreads;
-    kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream_>>>(arguments...);
+    const int64_t needed = (work * lanes + kThreads - 1) / kThreads;
+    const auto blocks = static_cast<unsigned>(std::min(needed, kMaxBlocks));
+#ifdef __CUDACC__
+    kernel<<<blocks, kThreads, 0, stream_>>>(arguments..., lanes);
+#else
+    launch_on_host(blocks, kThreads, [&] { kernel(arguments..., lanes); });
+#endif
     check(cudaGetLastError());
   }
 
  private:
   static constexpr int64_t kMaxBlocks = 1 << 20;  // kernels stride over the rest
-  torch::stable::accelerator::DeviceGuard guard_;
+  DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
 
-int lanes_for(int64_t numbers, int vector) {
-  int lanes = 1;
-  while (lanes < 32 && lanes * vector < numbers) lanes *= 2;
-  return lanes;
+// Threads for so many packs of numbers: a power of two, at most a warp.
+int lanes_for(int64_t packs) {
+  return static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(packs, 1, 32))));
 }
 
-Shape shape_of(const Call& call, int64_t numbers, int vector) {
-  return {call.dim, call.width, call.chunks, call.pooling, lanes_for(numbers, vector)};
-}
+// Sizes of the slab if its features are alike. The host does not see the tables: these decide how fast a call is, not
+// what it gives.
+template <typename Lookup>
+struct Typical {
+  int64_t parts, dim, width;
 
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
-// Calls function(std::integral_constant<int, kVector>): 16 bytes at once where the width and the pointers allow, else
-// one number.
-template <typename weight_t, typename Function>
-void with_vector(const Call& call, bool is_aligned, Function function) {
-  constexpr int kWide = 16 / sizeof(weight_t);
-  if (is_aligned && call.width % kWide == 0) {
-    function(std::integral_constant<int, kWide>{});
-  } else {
-    function(std::integral_constant<int, 1>{});
+  explicit Typical(const Call& call) {
+    parts = call.at.num_features * (call.combine == kConcat ? call.at.probes : 1);
+    dim = std::max<int64_t>(call.columns / std::max<int64_t>(parts, 1), 1);
+    width = std::max<int64_t>(dim / call.chunks, 1);
   }
-}
-
-template <typename weight_t>
-const weight_t* sample_weights_of(const Call& call) {
-  return call.sample_weights ? call.sample_weights->const_data_ptr<weight_t>() : nullptr;
-}
+  int lanes(int64_t numbers) const {
+    constexpr int64_t kWide = 16 / sizeof(typename Lookup::weight_t);
+    return lanes_for(width % kWide == 0 ? numbers / kWide : numbers);
+  }
+};
 
 Tensor scratch(const Call& call, int64_t numbers) {
   return torch::stable::new_empty(call.weights, {numbers}, ScalarType::Long);
 }
-
-// Positions of the maxima [F * B * D], or nothing unless pooling is max.
-template <typename weight_t, typename Map>
-std::optional<Tensor> argmax_of(const Launch& launch, const Call& call, BadId* bad) {
-  if (call.pooling != kMax) return std::nullopt;
-  const int64_t num_bags = call.at.num_tables * call.at.batch_size;
-  Tensor argmax = scratch(call, num_bags * call.dim);
-  const Shape shape = shape_of(call, call.dim, 1);
-  launch(forward_kernel<weight_t, Map, 1>, num_bags, shape.lanes, call.at, shape,
-         call.weights.const_data_ptr<weight_t>(), static_cast<const weight_t*>(nullptr),
-         static_cast<weight_t*>(nullptr), argmax.mutable_data_ptr<int64_t>(), bad);
-  return argmax;
-}
-
-struct Maximum {
-  __device__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? b : a; }
-};
 
 // Two-phase cub calls: how much scratch memory, then the work.
 template <typename Work>
@@ -501,160 +382,197 @@ void with_scratch(const Call& call, Work work) {
   check(work(memory.mutable_data_ptr(), bytes));
 }
 
-// The touches, sorted by slot, with the tensors that hold them.
-struct SortedTouches {
-  Touches touches;
-  std::vector<Tensor> memory;
-};
-
-template <typename Map>
-SortedTouches sort_touches(const Launch& launch, const Call& call, BadId* bad) {
-  const int64_t num_bags = call.at.num_tables * call.at.batch_size;
-  const int64_t occurrences = call.offsets ? call.at.num_ids : num_bags;
-  const int64_t count = occurrences * call.chunks;
-  SortedTouches sorted;
-  auto allocate = [&](int64_t numbers) {
-    sorted.memory.push_back(scratch(call, numbers));
-    return sorted.memory.back().mutable_data_ptr<int64_t>();
-  };
-  auto* slots = reinterpret_cast<uint64_t*>(allocate(count));
-  auto* order = reinterpret_cast<uint64_t*>(allocate(count));
-  int64_t* bags = call.offsets ? allocate(occurrences) : nullptr;
-  Touches unsorted{slots, order, bags, nullptr, count, call.num_slots};
-  launch(clear_touches_kernel, count, 1, unsorted);
-  const Shape shape = shape_of(call, call.chunks, 1);
-  launch(touch_kernel<Map>, num_bags, shape.lanes, call.at, shape, unsorted, bad);
-
-  sorted.touches = unsorted;
-  sorted.touches.slots = reinterpret_cast<uint64_t*>(allocate(count));
-  sorted.touches.order = reinterpret_cast<uint64_t*>(allocate(count));
-  sorted.touches.starts = allocate(count);
-  if (count == 0) return sorted;
-  int bits = 1;
-  while (static_cast<uint64_t>(call.num_slots) >> bits) ++bits;
-  with_scratch(call, [&](void* memory, size_t& bytes) {
-    return cub::DeviceRadixSort::SortPairs(memory, bytes, slots, sorted.touches.slots, order, sorted.touches.order,
-                                           count, 0, bits, launch.stream());
-  });
-  return sorted;
+// The record of a slab, named by its features; never freed, since a captured graph may still write to it. Raises what
+// an earlier call left in it.
+FirstError* error_of(const std::string& features) {
+  static std::mutex lock;
+  static std::map<std::string, FirstError*> records;
+  std::lock_guard<std::mutex> guard(lock);
+  FirstError*& record = records[features];
+  if (record == nullptr) {
+    void* memory = nullptr;
+    check(cudaHostAlloc(&memory, sizeof(FirstError), cudaHostAllocMapped | cudaHostAllocPortable));
+    record = new (memory) FirstError{};
+  }
+  if (__atomic_load_n(&record->state, __ATOMIC_ACQUIRE) == 2) {
+    const FirstError error = *record;
+    __atomic_store_n(&record->state, 0, __ATOMIC_RELEASE);  // last: from here on a kernel may write it again
+    error.raise(features);
+  }
+  return record;
 }
 
-// Sums the sorted touches into values: [S, Z], or [U, Z] with their slots where rows [M] numbers the segments.
-template <typename weight_t, typename Map>
-void sum_touches(const Launch& launch, const Call& call, const SortedTouches& sorted, const weight_t* grad,
-                 const int64_t* rows, int64_t* slots, weight_t* values, BadId* bad) {
-  using real = typename Accumulator<weight_t>::type;
-  const Touches& touches = sorted.touches;
-  const auto argmax = argmax_of<weight_t, Map>(launch, call, bad);
-  // int64 scratch holds `real` numbers, 8 bytes each
-  Tensor memory = scratch(call, touches.count * call.width * int64_t(sizeof(real)) / 8 + 1);
-  auto* partial = static_cast<real*>(memory.mutable_data_ptr());
-  with_vector<weight_t>(call, aligned(grad) && aligned(values), [&](auto vector) {
-    constexpr int kVector = decltype(vector)::value;
-    const Shape shape = shape_of(call, call.width, kVector);
-    launch(sum_runs_kernel<weight_t, kVector>, touches.count, shape.lanes, call.at, shape, touches, grad,
-           sample_weights_of<weight_t>(call), argmax ? argmax->template const_data_ptr<int64_t>() : nullptr, partial);
-    launch(sum_segments_kernel<weight_t, kVector>, touches.count, shape.lanes, shape, touches,
-           static_cast<const real*>(partial), rows, slots, values);
-  });
-}
-
-void scan_starts(const Launch& launch, const Call& call, const SortedTouches& sorted) {
-  const Touches& touches = sorted.touches;
-  if (touches.count == 0) return;
-  with_scratch(call, [&](void* memory, size_t& bytes) {
-    return cub::DeviceScan::InclusiveScan(memory, bytes, touches.starts, touches.starts, Maximum{}, touches.count,
-                                          launch.stream());
-  });
-}
-
-// --- the operators: arguments as in embeddings/ops.py
-// -----------------------------------------------------------------
-
-Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
-           std::optional<Tensor> sample_weights, const Tensor& tables, int64_t batch_size, int64_t dim,
-           int64_t index_map, int64_t pooling, int64_t /*accumulate*/, std::string features) {
-  const Launch launch(weights);
-  const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, dim, pooling, features);
-  BadId* bad = bad_id_of(call);
-  Tensor out = torch::stable::new_empty(weights, {batch_size, call.at.num_tables, dim});
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
+// Calls function(lookup). grad: contiguous, or nothing in a forward.
+template <typename Function>
+void with_lookup(const Call& call, int64_t index_map, const std::optional<Tensor>& grad, Function function) {
+  require(call.columns <= INT32_MAX, "columns must be less than 2^31");
+  const int64_t num_positions = call.at.batch_size == 0 ? 0 : call.at.num_bags / call.at.batch_size;
+  FirstError* error = error_of(call.features);
+  with_dtype_and_map(call.weights.scalar_type(), index_map, [&](auto weight, auto map) {
     using weight_t = decltype(weight);
     using Map = decltype(map);
-    const auto* slab = call.weights.const_data_ptr<weight_t>();
-    with_vector<weight_t>(call, aligned(slab), [&](auto vector) {
-      constexpr int kVector = decltype(vector)::value;
-      const Shape shape = shape_of(call, dim, kVector);
-      launch(forward_kernel<weight_t, Map, kVector>, call.at.num_tables * batch_size, shape.lanes, call.at, shape, slab,
-             sample_weights_of<weight_t>(call), out.mutable_data_ptr<weight_t>(), static_cast<int64_t*>(nullptr), bad);
-    });
+    const Batch<Map> batch{call.at,      map,          call.unit,     call.columns, call.chunks,
+                           call.combine, call.pooling, num_positions, error};
+    const auto numbers = [](const std::optional<Tensor>& tensor) {
+      return tensor ? tensor->const_data_ptr<weight_t>() : nullptr;
+    };
+    const auto *slab = numbers(call.weights), *sample_weights = numbers(call.sample_weights), *g = numbers(grad);
+    if (call.combine == kConcat || call.at.probes == 1) {
+      function(Lookup<weight_t, Map, false>{batch, slab, sample_weights, g, nullptr});
+    } else {
+      function(Lookup<weight_t, Map, true>{batch, slab, sample_weights, g, nullptr});
+    }
   });
-  return out;
 }
 
-// The gradient of the slab by atomics, in the accumulator's type.
-template <typename weight_t, typename Map>
-void atomic_backward(const Launch& launch, const Call& call, const weight_t* grad, Tensor& out, BadId* bad) {
-  using real = typename Accumulator<weight_t>::type;
-  const auto argmax = argmax_of<weight_t, Map>(launch, call, bad);
+// Gives a backward of max pooling the positions of the maxima [B, columns]; returns their memory.
+template <typename Lookup>
+std::optional<Tensor> find_argmax(const Launch& launch, const Call& call, Lookup& lookup) {
+  if (call.pooling != kMax) return std::nullopt;
+  Tensor argmax = scratch(call, call.at.batch_size * call.columns);
+  auto* to = argmax.mutable_data_ptr<int64_t>();
+  const Typical<Lookup> typical(call);
+  launch(max_kernel<Lookup>, typical.parts * call.at.batch_size, typical.lanes(typical.dim), lookup, nullptr, to);
+  lookup.argmax = to;
+  return argmax;
+}
+
+// The gradient of the slab by atomics, summed in the accumulator's type.
+template <typename Lookup>
+void atomic_backward(const Launch& launch, const Call& call, const Lookup& lookup, Tensor& out) {
+  using weight_t = typename Lookup::weight_t;
+  using real = typename Lookup::real;
   constexpr bool kExact = std::is_same_v<weight_t, real>;
-  Tensor sums = kExact ? out : torch::stable::new_zeros(out, {call.num_slots, call.width}, ScalarType::Float);
+  const int64_t numbers = call.num_units * call.unit;
+  Tensor sums = kExact ? out : torch::stable::new_zeros(out, {numbers}, ScalarType::Float);
   auto* to = static_cast<real*>(sums.mutable_data_ptr());
-  with_vector<weight_t>(call, aligned(grad), [&](auto vector) {
-    constexpr int kVector = decltype(vector)::value;
-    const Shape shape = shape_of(call, call.dim, kVector);
-    launch(atomic_backward_kernel<weight_t, Map, kVector>, call.at.num_tables * call.at.batch_size, shape.lanes,
-           call.at, shape, grad, sample_weights_of<weight_t>(call),
-           argmax ? argmax->template const_data_ptr<int64_t>() : nullptr, to, bad);
-  });
+  const Typical<Lookup> typical(call);
+  launch(atomic_kernel<Lookup>, call.at.num_features * call.at.probes * call.at.batch_size, typical.lanes(typical.dim),
+         lookup, to);
   if constexpr (!kExact) {
-    launch(convert_kernel<real, weight_t>, call.num_slots * call.width, 1, static_cast<const real*>(to),
-           out.mutable_data_ptr<weight_t>(), call.num_slots * call.width);
+    launch(convert_kernel<real, weight_t>, numbers, 1, to, out.mutable_data_ptr<weight_t>(), numbers);
   }
 }
 
-Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
-                    std::optional<Tensor> sample_weights, const Tensor& tables, int64_t index_map, int64_t pooling,
-                    bool atomic, std::string features) {
+// The touches, sorted by slot, with the tensors that hold them.
+struct SortedTouches {
+  Touches touches{};
+  std::vector<Tensor> memory;
+
+  int64_t* allocate(const Call& call, int64_t numbers) {
+    memory.push_back(scratch(call, numbers));
+    return memory.back().mutable_data_ptr<int64_t>();
+  }
+};
+
+template <typename Map>
+SortedTouches sort_touches(const Launch& launch, const Call& call, const Batch<Map>& batch) {
+  SortedTouches sorted;
+  Touches& touches = sorted.touches;
+  const int64_t num_bags = call.at.num_features * call.at.batch_size;
+  touches.num_occurrences = call.offsets ? call.at.num_ids : num_bags;
+  touches.count = touches.num_occurrences * call.at.probes * call.chunks;
+  if (touches.count == 0) return sorted;
+  if (call.offsets) {
+    touches.bags = sorted.allocate(call, touches.num_occurrences);
+    touches.shifts = sorted.allocate(call, call.at.num_features);
+    launch(shift_kernel<Map>, call.at.num_features, 1, batch, touches.shifts);
+  }
+  auto allocate = [&] { return reinterpret_cast<uint64_t*>(sorted.allocate(call, touches.count)); };
+  cub::DoubleBuffer<uint64_t> slots(allocate(), allocate()), order(allocate(), allocate());
+  touches.slots = slots.Current(), touches.order = order.Current();
+  const size_t bytes = static_cast<size_t>(touches.count) * sizeof(uint64_t);
+  check(cudaMemsetAsync(touches.slots, 0xff, bytes, launch.stream()));  // kNoSlot
+  check(cudaMemsetAsync(touches.order, 0, bytes, launch.stream()));
+  launch(touch_kernel<Map>, num_bags * call.at.probes, lanes_for(call.chunks), batch, touches);
+
+  const int bits = std::bit_width(static_cast<uint64_t>(call.num_units) | 1);  // all set in kNoSlot, so it is last
+  with_scratch(call, [&](void* memory, size_t& size) {
+    return cub::DeviceRadixSort::SortPairs(memory, size, slots, order, touches.count, 0, bits, launch.stream());
+  });
+  touches.slots = slots.Current(), touches.order = order.Current();
+  return sorted;
+}
+
+// Sums the sorted touches into values: [S, Z], or [U, Z] with their units where rows [M] numbers them.
+template <typename Lookup>
+void sum_touches(const Launch& launch, const Call& call, const Lookup& lookup, const Touches& touches,
+                 const int64_t* rows, int64_t* units, typename Lookup::weight_t* values) {
+  if (touches.count == 0) return;
+  // How many numbers of a slot have their later runs summed side by side; a wider slot's rest is summed run after run.
+  // 128 floats for kRun touches are no more memory than another array of touches.
+  const Typical<Lookup> typical(call);
+  const int64_t widest = std::max(call.columns, call.at.probes);
+  const int64_t reach = (std::min(std::max<int64_t>(typical.dim, 128), widest) + 31) / 32 * 32;
+  const int64_t num_blocks = (touches.count + kRun - 1) / kRun;
+  Tensor memory = scratch(call, num_blocks * reach * static_cast<int64_t>(sizeof(typename Lookup::real)) / 8);
+  auto* partial = static_cast<typename Lookup::real*>(memory.mutable_data_ptr());
+  const int lanes = typical.lanes(typical.width);
+  launch(later_runs_kernel<Lookup>, num_blocks, lanes, lookup, touches, partial, reach);
+  launch(slots_kernel<Lookup>, touches.count, lanes, lookup, touches, partial, reach, rows, units, values);
+}
+
+// --- the operators: arguments as in embeddings/ops.py ----------------------------------------------------------------
+
+Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
+           std::optional<Tensor> sample_weights, const Tensor& tables, int64_t batch_size, int64_t columns,
+           int64_t probes, int64_t chunks, int64_t index_map, int64_t combine, int64_t pooling, int64_t /*accumulate*/,
+           std::string features) {
   const Launch launch(weights);
-  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, pooling, features);
-  BadId* bad = bad_id_of(call);
-  const Tensor dense = torch::stable::contiguous(grad);
-  Tensor out = torch::stable::new_zeros(weights, {call.num_slots, call.width});
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
-    using weight_t = decltype(weight);
-    using Map = decltype(map);
-    const auto* g = dense.const_data_ptr<weight_t>();
-    if (atomic) return atomic_backward<weight_t, Map>(launch, call, g, out, bad);
-    const SortedTouches sorted = sort_touches<Map>(launch, call, bad);
-    launch(mark_starts_kernel, sorted.touches.count, 1, sorted.touches, static_cast<int64_t*>(nullptr));
-    scan_starts(launch, call, sorted);
-    sum_touches<weight_t, Map>(launch, call, sorted, g, nullptr, nullptr, out.mutable_data_ptr<weight_t>(), bad);
+  const Layout layout{probes, chunks, index_map, combine, pooling};
+  const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns, layout, features);
+  Tensor out = torch::stable::new_empty(weights, {batch_size, columns});
+  with_lookup(call, index_map, std::nullopt, [&](auto lookup) {
+    using Lookup = decltype(lookup);
+    const Typical<Lookup> typical(call);
+    const int64_t work = typical.parts * batch_size;
+    auto* to = out.mutable_data_ptr<typename Lookup::weight_t>();
+    if (pooling == kMax) {
+      launch(max_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to, nullptr);
+    } else {
+      launch(sum_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to);
+    }
   });
   return out;
 }
 
-// The number of touched slots sizes the outputs, so this one waits for the device once.
+Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
+                    std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
+                    int64_t index_map, int64_t combine, int64_t pooling, bool atomic, std::string features) {
+  const Launch launch(weights);
+  const Layout layout{probes, chunks, index_map, combine, pooling};
+  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
+  const Tensor dense = torch::stable::contiguous(grad);
+  Tensor out = torch::stable::new_zeros(weights, {call.num_units, call.unit});
+  with_lookup(call, index_map, dense, [&](auto lookup) {
+    const auto argmax = find_argmax(launch, call, lookup);
+    if (atomic) return atomic_backward(launch, call, lookup, out);
+    const SortedTouches sorted = sort_touches(launch, call, lookup);
+    using weight_t = typename decltype(lookup)::weight_t;
+    sum_touches(launch, call, lookup, sorted.touches, nullptr, nullptr, out.mutable_data_ptr<weight_t>());
+  });
+  return out;
+}
+
+// The number of touched units sizes the outputs, so this one waits for the device once.
 std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                              std::optional<Tensor> offsets, std::optional<Tensor> sample_weights,
-                                             const Tensor& tables, int64_t index_map, int64_t pooling,
-                                             std::string features) {
+                                             const Tensor& tables, int64_t probes, int64_t chunks, int64_t index_map,
+                                             int64_t combine, int64_t pooling, std::string features) {
   const Launch launch(weights);
-  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, pooling, features);
-  BadId* bad = bad_id_of(call);
+  const Layout layout{probes, chunks, index_map, combine, pooling};
+  const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
   const Tensor dense = torch::stable::contiguous(grad);
-  std::optional<Tensor> slots, values;
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
-    using weight_t = decltype(weight);
-    using Map = decltype(map);
-    const SortedTouches sorted = sort_touches<Map>(launch, call, bad);
+  Tensor units, values;
+  with_lookup(call, index_map, dense, [&](auto lookup) {
+    const auto argmax = find_argmax(launch, call, lookup);
+    const SortedTouches sorted = sort_touches(launch, call, lookup);
     const int64_t count = sorted.touches.count;
-    Tensor memory = scratch(call, count + 1);
+    Tensor memory = scratch(call, count);
     auto* rows = memory.mutable_data_ptr<int64_t>();
-    launch(mark_starts_kernel, count, 1, sorted.touches, rows);
-    scan_starts(launch, call, sorted);
     int64_t num_touched = 0;
     if (count > 0) {
+      launch(rows_kernel<decltype(lookup.map)>, count, 1, lookup, sorted.touches, rows);
       with_scratch(call, [&](void* temporary, size_t& bytes) {
         return cub::DeviceScan::InclusiveSum(temporary, bytes, rows, rows, count, launch.stream());
       });
@@ -662,27 +580,26 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
                             launch.stream()));
       check(cudaStreamSynchronize(launch.stream()));
     }
-    slots = torch::stable::new_empty(weights, {num_touched}, ScalarType::Long);
-    values = torch::stable::new_empty(weights, {num_touched, call.width});
-    sum_touches<weight_t, Map>(launch, call, sorted, dense.const_data_ptr<weight_t>(), rows,
-                               slots->mutable_data_ptr<int64_t>(), values->mutable_data_ptr<weight_t>(), bad);
+    units = torch::stable::new_empty(weights, {num_touched}, ScalarType::Long);
+    values = torch::stable::new_empty(weights, {num_touched, call.unit});
+    sum_touches(launch, call, lookup, sorted.touches, rows, units.mutable_data_ptr<int64_t>(),
+                values.mutable_data_ptr<typename decltype(lookup)::weight_t>());
   });
-  return {*slots, *values};
+  return {units, values};
 }
 
 Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, const Tensor& ids,
-                                   std::optional<Tensor> offsets, const Tensor& tables, int64_t index_map,
-                                   int64_t pooling, std::string features) {
+                                   std::optional<Tensor> offsets, const Tensor& tables, int64_t probes, int64_t chunks,
+                                   int64_t index_map, int64_t combine, int64_t pooling, std::string features) {
   const Launch launch(weights);
-  const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, pooling, features);
-  BadId* bad = bad_id_of(call);
+  const Layout layout{probes, chunks, index_map, combine, pooling};
+  const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, layout, features);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
-    using weight_t = decltype(weight);
-    launch(sample_weights_kernel<weight_t, decltype(map)>, call.at.num_tables * call.at.batch_size, 1, call.at,
-           shape_of(call, call.dim, 1), dense.const_data_ptr<weight_t>(), call.weights.const_data_ptr<weight_t>(),
-           out.mutable_data_ptr<weight_t>(), bad);
+  with_lookup(call, index_map, dense, [&](auto lookup) {
+    using Lookup = decltype(lookup);
+    launch(sample_weights_kernel<Lookup>, call.at.num_features * call.at.batch_size, 1, lookup,
+           out.mutable_data_ptr<typename Lookup::weight_t>());
   });
   return out;
 }
@@ -690,15 +607,13 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
 void raise_noted(const Tensor& weights, std::string features) {
   const Launch launch(weights);
   check(cudaStreamSynchronize(launch.stream()));
-  Call call;
-  call.features = features;
-  bad_id_of(call);
+  error_of(features);
 }
 
 }  // namespace
 }  // namespace embeddings
 
-STABLE_TORCH_LIBRARY_IMPL(embeddings, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(EMBEDDINGS_LIBRARY, EMBEDDINGS_DEVICE, m) {
   m.impl("bag", TORCH_BOX(&embeddings::bag));
   m.impl("bag_backward", TORCH_BOX(&embeddings::bag_backward));
   m.impl("bag_backward_rows", TORCH_BOX(&embeddings::bag_backward_rows));

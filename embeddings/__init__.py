@@ -1,12 +1,15 @@
 """id -> vector, in less memory: the grouped collection that the trainer uses, its backends and its optimizers.
 
-Shapes: B batch, F features, D dim (embedding_dim), N ids of the batch, S slots of a slab, Z width of a slot
-(D = chunks * Z).
+Shapes: B batch, F features, D dim (embedding_dim), N ids of the batch, K probes of an id, S * Z numbers of a slab in
+units of Z.
 """
 
+from embeddings.bloom import Bloom
 from embeddings.collection import EmbeddingBags
 from embeddings.dense import Dense
+from embeddings.fast import Fast
 from embeddings.hashed import Hashed
-from embeddings.slab import seed_of
+from embeddings.qr import QR
+from embeddings.slab import Slab, seed_of
 
-__all__ = ["Dense", "EmbeddingBags", "Hashed", "seed_of"]
+__all__ = ["QR", "Bloom", "Dense", "EmbeddingBags", "Fast", "Hashed", "Slab", "seed_of"]

@@ -1,20 +1,35 @@
-"""What a backend is: a frozen dataclass of hyperparameters, how many slots a feature gets, and which map reads them.
+"""What a backend is: a frozen dataclass of hyperparameters that says which weights a feature gets and who reads them.
 
-Features whose backends compare equal share one slab and one launch. A subclass sets
+A feature's weights are one slice of slots or more; by each of its probes an id reads one slot or more of a slice.
+Features whose backends are equal, but for embedding_dim, share one slab and one launch. A subclass sets
 
-    index_map   its struct in csrc/index_map.h
-    width       numbers in a slot, Z; a divisor of embedding_dim
-    slots(rows) feature -> slots, for features with these numbers of rows
+    index_map      how a probe finds its slots: csrc/index_map.h
+    widths         numbers in a slot of each slice
+    probes(slots)  what an id reads of slices that have so many slots
+    fit(n, bytes)  slots of each slice for n ids in about so many bytes
+    bound(s, n)    the weights of slice s begin as U(-bound, bound), if they begin `fair`
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
 
-from embeddings.index_map import MAPS
-from embeddings.ops import Accumulate, IndexMap
+from torch import Generator, Tensor
 
-TABLE_BYTES = 5 * 8  # a feature's row in the slab's table of slices and seeds: kept, so counted
+from embeddings import index_map as maps
+from embeddings.ops import Accumulate, Combine, IndexMap
+
+TABLE_BYTES = 8 * maps.NUM_COLUMNS  # a probe's row in the slab's table of slices and seeds: kept, so counted
 NUMBER_BYTES = 4  # float32
+INITS = ("fair", "upstream")
+
+
+class Probe(NamedTuple):
+    """dim numbers of every id, from one slice of its feature."""
+
+    slice: int
+    dim: int
+    divisor: int = 1  # of a partition
+    seed: int | None = None  # of an upstream's hash; None: one of our own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +38,22 @@ class Backend:
 
     embedding_dim: int  # D
     compression: float  # bytes of the compressed features / their dense bytes, in (0, 1]
-    accumulate: str  # gradients: sorted | atomic | rows
+    accumulate: str  # gradients: sorted | atomic | rows | auto
+    init: str  # of the weights: fair (a vector's variance is the same under every backend) | upstream (as its authors)
 
-    index_map: ClassVar[IndexMap]
+    combine_kind: ClassVar[Combine] = Combine.ADD
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 1:
             raise ValueError(f"embedding_dim={self.embedding_dim} must be at least 1")
         if not 0 < self.compression <= 1:
             raise ValueError(f"compression={self.compression} must be in (0, 1]: compressed bytes over dense bytes")
-        allowed = [kind.name.lower() for kind in Accumulate]
-        if self.accumulate not in allowed:
-            raise ValueError(f"accumulate={self.accumulate!r} is not one of {', '.join(allowed)}")
+        self._check("accumulate", [*(kind.name.lower() for kind in Accumulate), "auto"])
+        self._check("init", INITS)
+
+    def _check(self, field: str, allowed) -> None:
+        if getattr(self, field) not in allowed:
+            raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(map(str, allowed))}")
 
     @property
     def name(self) -> str:
@@ -42,48 +61,97 @@ class Backend:
         return type(self).__name__.lower()
 
     @property
-    def ranged(self) -> bool:
-        """True if ids have an upper limit, so that unseen ones need an out-of-vocabulary row."""
-        return MAPS[self.index_map].ranged
+    def group(self) -> tuple:
+        """What features have in common that share a slab."""
+        values = (getattr(self, f.name) for f in fields(self) if f.compare and f.name != "embedding_dim")
+        return (type(self), *values)
 
     @property
-    def width(self) -> int:
+    def ranged(self) -> bool:
+        """True if ids have an upper limit, so that unseen ones need an out-of-vocabulary row."""
+        return self.index_map in maps.RANGED
+
+    @property
+    def compresses(self) -> bool:
+        """Whether `compression` decides the number of slots."""
+        return True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all features of the slab read one slice."""
+        return False
+
+    @property
+    def index_map(self) -> IndexMap:
         raise NotImplementedError
 
-    def slots(self, rows: dict[str, int]) -> dict[str, int]:
+    @property
+    def widths(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    def probes(self, slots: tuple[int, ...]) -> list[Probe]:
+        raise NotImplementedError
+
+    def fit(self, num_embeddings: int, num_bytes: float) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def bound(self, s: int, num_embeddings: int) -> float:
+        """1 / sqrt(num_embeddings) is that of an uncompressed table (Naumov et al. 2019)."""
+        return num_embeddings**-0.5
+
+    def slots(self, rows: dict[str, int]) -> dict[str, tuple[int, ...]]:
+        """Feature -> slots of each of its slices, for features with these numbers of rows; see `spread`."""
+        return spread(dict.fromkeys(rows, self), rows)
+
+    def initialise(self, weights: Tensor, s: int, num_embeddings: int, generator: Generator) -> None:
+        """Draw the weights [slots, width] of slice s."""
+        bound = self.bound(s, num_embeddings)
+        weights.uniform_(-bound, bound, generator=generator)
+
+    def finish(self, vectors: Tensor, dims: list[int]) -> Tensor:
+        """The features' vectors [B, sum of dims] of what the operator returns."""
+        return vectors
 
     def dense_bytes(self, num_embeddings: int) -> int:
         """Bytes of a feature's uncompressed float32 table."""
         return num_embeddings * self.embedding_dim * NUMBER_BYTES
 
-    def feature_bytes(self, num_slots: int) -> int:
-        """Bytes kept for a feature with so many slots: its weights and its row of the table."""
-        return num_slots * self.width * NUMBER_BYTES + TABLE_BYTES
+    def slice_bytes(self, slots: tuple[int, ...]) -> int:
+        """Bytes of slices with so many slots."""
+        return sum(n * width for n, width in zip(slots, self.widths, strict=True)) * NUMBER_BYTES
+
+    def feature_bytes(self, slots: tuple[int, ...]) -> int:
+        """Bytes kept for a feature with so many slots: its weights and its rows of the table."""
+        return self.slice_bytes(slots) + len(self.probes(slots)) * TABLE_BYTES
 
 
-def spread(backend: Backend, rows: dict[str, int], smallest: int = 1) -> dict[str, int]:
-    """Slots for each feature so that bytes over all of them are backend.compression of their dense bytes, within 1%.
+def spread(backends: dict[str, Backend], rows: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Slots for each feature so that bytes over all of them are the backends' ratio of their dense bytes, within 1%.
 
-    Each feature gets its own share, rounded, whatever the others are; only if that misses the total, because features
-    too small for their share got `smallest` slots, the others give way. Raises ValueError naming the smallest ratio
-    within reach, or the nearest one if slots are too coarse.
+    Each feature gets its own share, whatever the others are; only if that misses the total, because features too small
+    for their share got the least there is, the others give way. Raises ValueError naming the smallest ratio within
+    reach, or the nearest one if slots are too coarse.
     """
-    total = sum(map(backend.dense_bytes, rows.values()))
+    first = next(iter(backends.values()))
+    dense = {f: backends[f].dense_bytes(n) for f, n in rows.items()}
+    total = sum(dense.values())
 
-    def share(factor: float) -> dict[str, int]:
-        wanted = {
-            f: (factor * backend.dense_bytes(n) - TABLE_BYTES) / backend.width / NUMBER_BYTES for f, n in rows.items()
-        }
-        return {f: max(smallest, round(number)) for f, number in wanted.items()}
+    def share(factor: float) -> dict[str, tuple[int, ...]]:
+        if first.is_shared:  # the bytes of a pool, but for the features' rows of the table
+            pool = first.fit(sum(rows.values()), factor * total - (len(rows) - 1) * TABLE_BYTES)
+            return dict.fromkeys(rows, pool)
+        return {f: backends[f].fit(n, factor * dense[f]) for f, n in rows.items()}
 
-    def reached(slots: dict[str, int]) -> float:
-        return sum(map(backend.feature_bytes, slots.values())) / total
+    def reached(slots: dict[str, tuple[int, ...]]) -> float:
+        num_bytes = sum(backends[f].feature_bytes(s) for f, s in slots.items())
+        return (num_bytes - (len(rows) - 1) * first.slice_bytes(slots[next(iter(slots))]) * first.is_shared) / total
 
-    def miss(slots: dict[str, int]) -> float:
-        return abs(reached(slots) / backend.compression - 1)
+    def miss(slots: dict[str, tuple[int, ...]]) -> float:
+        return abs(reached(slots) / first.compression - 1)
 
-    slots = nearest = share(backend.compression)
+    slots = nearest = share(first.compression)
+    if not first.compresses:
+        return slots
     low, high = 0.0, 1.0
     for _ in range(60):  # bisection to the last bit of the factor, if the plain share is off
         if miss(slots) <= 0.01:
@@ -91,10 +159,10 @@ def spread(backend: Backend, rows: dict[str, int], smallest: int = 1) -> dict[st
         nearest = min(nearest, slots, key=miss)
         middle = (low + high) / 2
         slots = share(middle)
-        low, high = (middle, high) if reached(slots) < backend.compression else (low, middle)
+        low, high = (middle, high) if reached(slots) < first.compression else (low, middle)
     names = ", ".join(list(rows)[:5]) + (", ..." if len(rows) > 5 else "")
     raise ValueError(
-        f"compression={backend.compression:g}: embedding={backend.name} cannot reach it for {names}; "
+        f"compression={first.compression:g}: embedding={first.name} cannot reach it for {names}; "
         f"the smallest it can is {reached(share(0)):.4g}, the nearest {reached(nearest):.4g} "
-        f"(slots of {backend.width} numbers; a larger dense_below keeps small features out)"
+        f"(slots of {', '.join(map(str, first.widths))} numbers; a larger dense_below keeps small features out)"
     )

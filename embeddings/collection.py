@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.backend import Backend
-from embeddings.index_map import POSITION
 from embeddings.ops import Pooling
 from embeddings.slab import Slab
 
@@ -34,21 +33,21 @@ class EmbeddingBags(nn.Module):
             raise ValueError(f"pooling={pooling!r} is not one of {', '.join(allowed)}")
         self.embedding_dim = dims.pop()
         self.num_features = len(rows)
-        members: dict[Backend, list[str]] = {}
+        members: dict[tuple, list[str]] = {}
         for feature, backend in backends.items():
-            members.setdefault(backend, []).append(feature)
-        order = list(rows)
+            members.setdefault(backend.group, []).append(feature)
+        self._order = order = list(rows)
         self.slabs = nn.ModuleList(
             Slab(
-                backend,
+                {feature: backends[feature] for feature in features},
                 {feature: rows[feature] for feature in features},
                 positions=[order.index(feature) for feature in features],
                 pooling=Pooling[pooling.upper()],
                 seed=seed,
             )
-            for backend, features in members.items()
+            for features in members.values()
         )
-        by_slab = torch.cat([slab.tables[:, POSITION] for slab in self.slabs])
+        by_slab = torch.tensor([order.index(feature) for slab in self.slabs for feature in slab.rows])
         in_order = by_slab.equal(torch.arange(self.num_features))
         # feature f of the batch is row _where[f] of the slabs' concatenated outputs
         self.register_buffer("_where", None if in_order else by_slab.argsort())
@@ -69,7 +68,7 @@ class EmbeddingBags(nn.Module):
             offsets = offsets.long()
         batch_size = num_bags // self.num_features
         parts = [slab(ids, offsets, per_sample_weights, batch_size) for slab in self.slabs]
-        vectors = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        vectors = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unflatten(1, (self.num_features, -1))
         return vectors if self._where is None else vectors.index_select(1, self._where)
 
     def raise_noted(self) -> None:
@@ -87,13 +86,10 @@ class EmbeddingBags(nn.Module):
 
     def dense_equivalent_bytes(self) -> int:
         """Bytes of one float32 row per id for every feature."""
-        return sum(s.backend.dense_bytes(n) for s in self.slabs for n in s.rows.values())
+        return sum(slab.backends[feature].dense_bytes(n) for slab in self.slabs for feature, n in slab.rows.items())
 
     def feature_table(self) -> list[dict]:
         """One row per feature, in the batch's order; keys as in `Slab.feature_table`."""
         extra = 0 if self._where is None else self._where.element_size()  # a feature's place in the slabs' outputs
-        table = {}
-        for slab in self.slabs:
-            for position, row in zip(slab.tables[:, POSITION].tolist(), slab.feature_table(extra), strict=True):
-                table[position] = row
-        return [table[position] for position in range(self.num_features)]
+        table = {row["feature"]: row for slab in self.slabs for row in slab.feature_table(extra)}
+        return [table[feature] for feature in self._order]

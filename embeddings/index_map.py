@@ -1,13 +1,14 @@
 """Which weights an id reads: twins of csrc/index_map.h in torch int64, whose arithmetic wraps as unsigned does."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from torch import Tensor
 
-POSITION, FIRST_SLOT, NUM_SLOTS, NUM_EMBEDDINGS, SEED = range(
-    5
-)  # columns of a slab's tables [F, 5]: Table in index_map.h
+# columns of a slab's tables [F * K, 9]: Table in csrc/index_map.h
+POSITION, COLUMN, DIM, WIDTH, BEGIN, NUM_SLOTS, NUM_EMBEDDINGS, DIVISOR, SEED = range(9)
+NUM_COLUMNS = 9
+
+PARTITION, MIXED, SIGNED, AFFINE, MURMUR3 = range(5)  # enum IndexMap there, embeddings.ops.IndexMap here
+RANGED = (PARTITION,)  # ids have an upper limit
+ONE_CHUNK = (PARTITION, MURMUR3)  # a slot holds the whole vector
 
 
 def _signed(bits: int) -> int:
@@ -36,21 +37,44 @@ def reduce_range(hashes: Tensor, n: Tensor) -> Tensor:
     return a * c + _shift_right(a * d, 32) + _shift_right(b * c, 32) + _shift_right(middle, 32)
 
 
-def _dense_slots(ids: Tensor, tables: Tensor, chunks: Tensor) -> Tensor:
-    return (tables[:, FIRST_SLOT] + ids)[:, None].expand(-1, chunks.numel())
+def affine(ids: Tensor, columns: Tensor) -> Tensor:
+    """The hash of HashedEmbeddingBag and dlrm_ssm, in [0, 117130198221199): linear, so whole rows collide."""
+    h = ids * 9824516537 + columns * 57857966300227 + 104729
+    p = 117130198221199
+    return (_shift_right(h, 1) % p * 2 + (h & 1)) % p  # the remainder of the unsigned number
 
 
-def _hashed_slots(ids: Tensor, tables: Tensor, chunks: Tensor) -> Tensor:
-    key = splitmix64(tables[:, SEED], ids)
-    hashes = splitmix64(key[:, None], chunks)
-    return tables[:, FIRST_SLOT, None] + reduce_range(hashes, tables[:, NUM_SLOTS, None])
+def murmur3(ids: Tensor, seeds: Tensor) -> Tensor:
+    """MurmurHash3_x86_32 (Appleby, 2011) of an id's 4 little-endian bytes, or of all 8 if it needs them; unsigned."""
+    mask = (1 << 32) - 1
+
+    def rotate(x: Tensor, bits: int) -> Tensor:
+        return ((x << bits) | (x >> (32 - bits))) & mask
+
+    def mix(h: Tensor, block: Tensor) -> Tensor:
+        block = rotate((block & mask) * 0xCC9E2D51 & mask, 15) * 0x1B873593 & mask
+        return (rotate(h ^ block, 13) * 5 + 0xE6546B64) & mask
+
+    is_long = (ids < -(1 << 31)) | (ids >= 1 << 31)
+    h = mix(seeds & mask, ids)
+    h = mix(h, ids >> 32).where(is_long, h) ^ (4 + 4 * is_long.long())
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & mask
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & mask
+    return h ^ (h >> 16)
 
 
-class Map(NamedTuple):
-    """slots(ids [M], tables [M, 5], chunks [C]) -> [M, C]; ranged: ids have an upper limit."""
-
-    slots: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ranged: bool
-
-
-MAPS = (Map(_dense_slots, True), Map(_hashed_slots, False))  # in the order of embeddings.ops.IndexMap
+def read(index_map: int, ids: Tensor, tables: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The slots that ids [M] read by the probes tables [M, 9], relative to their slices, [M, C] for chunks [C], and
+    their signs [M, C] (None: all positive)."""
+    num_slots = tables[:, NUM_SLOTS]
+    if index_map == PARTITION:
+        return (ids // tables[:, DIVISOR] % num_slots)[:, None].expand(-1, chunks.numel()), None
+    if index_map == MURMUR3:
+        h = murmur3(ids, tables[:, SEED])
+        h = h - (h >> 31 << 32)  # as int32
+        return (h % num_slots)[:, None].expand(-1, chunks.numel()), None  # torch's % is a floored one
+    if index_map == AFFINE:
+        return affine(ids[:, None], chunks) % num_slots[:, None], None
+    hashes = splitmix64(splitmix64(tables[:, SEED], ids)[:, None], chunks)
+    signs = 1 - 2 * (hashes & 1) if index_map == SIGNED else None
+    return reduce_range(hashes, num_slots[:, None]), signs

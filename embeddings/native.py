@@ -29,6 +29,11 @@ CXX_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fPIC -fvisibility=h
 CUDA_FLAGS = (
     "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr --Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden"
 )
+# The CUDA kernels as C++ for the CPU, where sanitizers see every index: slow, for tests only.
+HOST_FLAGS = (
+    "-std=c++20 -O0 -g1 -x c++ -fsanitize=address,undefined -fno-sanitize-recover=all -ffp-contract=off "
+    "-fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+)
 DEFINES = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one source for every later torch
 
 
@@ -77,7 +82,19 @@ def build() -> Path:
     cuda = torch.cuda.is_available()
     if cuda and shutil.which("nvcc") is None:
         raise RuntimeError("error: there is a GPU, but nvcc is not on the PATH: install the CUDA toolkit")
-    folder = _cache_folder() / _key(cuda)
+    return _build_once(_cache_folder() / _key(cuda), _ninja_file(cuda))
+
+
+def build_cuda_on_host() -> Path:
+    """The CUDA kernels built for the CPU with address and undefined-behaviour sanitizers: torch.ops.embeddings_host.
+
+    A process that loads it must have been started with the sanitizers' libraries preloaded. Raises RuntimeError with
+    the compiler's words.
+    """
+    return _build_once(_cache_folder() / f"{_key(False)}-cuda-on-host", _ninja_file_on_host())
+
+
+def _build_once(folder: Path, ninja_file: str) -> Path:
     library = folder / "embeddings.so"
     if library.exists():
         return library
@@ -87,7 +104,7 @@ def build() -> Path:
             print(f"kernels: compiling csrc once into {folder} ...", file=sys.stderr, flush=True)
             # built beside, then renamed: a killed build is never mistaken for a finished one
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                os.replace(_run_ninja(Path(scratch), cuda), library)
+                os.replace(_run_ninja(Path(scratch), ninja_file), library)
     return library
 
 
@@ -101,7 +118,8 @@ def _key(cuda: bool) -> str:
     digest = hashlib.sha256()
     for source in sorted(CSRC.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{torch.__version__}{torch.version.cuda}{platform.machine()}".encode())
+    digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{HOST_FLAGS}".encode())
+    digest.update(f"{torch.__version__}{torch.version.cuda}{platform.machine()}".encode())
     if cuda:
         digest.update(" ".join(_devices()).encode() + _output_of(["nvcc", "--version"]))
     digest.update(_output_of([*shlex.split(_compiler()), "-dumpfullversion"]) + _processor())
@@ -151,13 +169,20 @@ def _in_ninja(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def _includes() -> str:
+    return f"{DEFINES} -isystem {_quote(_torch_root() / 'include')}"
+
+
+def _libraries() -> str:
+    folder = _quote(_torch_root() / "lib")
+    return f"-L{folder} -Wl,-rpath,{folder} -ltorch_cpu -ltorch -lc10"
+
+
 def _ninja_file(cuda: bool) -> str:
     """The build: bag.cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
-    library_folder = _quote(_torch_root() / "lib")
-    libraries = f"-L{library_folder} -Wl,-rpath,{library_folder} -ltorch_cpu -ltorch -lc10"
-    includes = f"-isystem {_quote(_torch_root() / 'include')}"
+    libraries = _libraries()
     lines = [
-        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {DEFINES} {includes} -c $in -o $out",
+        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out",
         f"build bag.o: cxx {_in_ninja(CSRC / 'bag.cpp')}",
     ]
     objects = "bag.o"
@@ -172,6 +197,11 @@ def _ninja_file(cuda: bool) -> str:
         f"build embeddings.so: link {objects}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ninja_file_on_host() -> str:
+    command = f"{_compiler()} {HOST_FLAGS} {_includes()} -shared $in -o $out {_libraries()}"
+    return f"rule cxx\n  command = {command}\nbuild embeddings.so: cxx {_in_ninja(CSRC / 'bag.cu')}\n"
 
 
 def compile_cuda() -> int:
@@ -191,8 +221,8 @@ def compile_cuda() -> int:
     return status
 
 
-def _run_ninja(folder: Path, cuda: bool) -> Path:
-    (folder / "build.ninja").write_text(_ninja_file(cuda))
+def _run_ninja(folder: Path, ninja_file: str) -> Path:
+    (folder / "build.ninja").write_text(ninja_file)
     ninja = Path(sys.executable).parent / "ninja"
     command = [str(ninja) if ninja.exists() else "ninja", "-C", str(folder)]
     try:

@@ -7,12 +7,14 @@
     torch.ops.embeddings.raise_noted                  wait for the device, raise what its kernels noted
 
 Arguments, in this order everywhere (Python, C++, CUDA):
-    weights [S, Z]     the slab; dim D is a multiple of Z
+    weights [S, Z]     the slab: S * Z numbers, in units of Z; every table's width is a multiple of Z
     ids [N]            int32 or int64, feature-major, of the whole batch
     offsets            int64 [features * B + 1], or None when every bag has one id
     per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
-    tables [F, 5]      int64, one row per feature of the slab; columns in `embeddings.index_map`
-    index_map, pooling, accumulate: the numbers below;  features: the names, for errors,
+    tables [F * K, 9]  int64, one row per feature of the slab and probe; columns in `embeddings.index_map`
+    columns            numbers of a row of the output: the features' vectors side by side, at their tables' columns
+    probes, chunks     K, and the most chunks that any table has
+    index_map, combine, pooling, accumulate: the numbers below;  features: the names, for errors,
     with reference.SEPARATOR between them
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
 On CUDA kernels skip such an id and note it: the next call on the same features raises, or raise_noted at once.
@@ -24,14 +26,27 @@ import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
+from embeddings import index_map as maps
 from embeddings import reference
 
 
 class IndexMap(IntEnum):
-    """Which weights an id reads: the structs of csrc/index_map.h, in its order."""
+    """Which weights an id reads: csrc/index_map.h."""
 
-    DENSE = 0
-    HASHED = 1
+    PARTITION = maps.PARTITION  # (id // divisor) % slots: dense tables, quotients, remainders
+    MIXED = maps.MIXED  # SplitMix64, any 64-bit id
+    SIGNED = maps.SIGNED  # the same, half of the chunks negated
+    AFFINE = maps.AFFINE  # HashedEmbeddingBag's
+    MURMUR3 = maps.MURMUR3  # Spotlight's
+
+
+class Combine(IntEnum):
+    """How the vectors of an id's probes become one."""
+
+    ADD = 0
+    MULTIPLY = 1
+    CONCAT = 2  # each probe in its own columns
+    WEIGHTED = 3  # the sum of all but the last, each times its number of the last probe's vector
 
 
 class Pooling(IntEnum):
@@ -43,7 +58,7 @@ class Pooling(IntEnum):
 
 
 class Accumulate(IntEnum):
-    """How a slab's gradient is made: dense and repeatable, dense by atomics, or touched slots only (repeatable)."""
+    """How a slab's gradient is made: dense and repeatable, dense by atomics, or touched units only (repeatable)."""
 
     SORTED = 0
     ATOMIC = 1
@@ -52,11 +67,11 @@ class Accumulate(IntEnum):
 
 _BATCH = "Tensor ids, Tensor? offsets"
 _WEIGHTS = "Tensor? per_sample_weights"
-_HOW = "int index_map, int pooling"
+_HOW = "int probes, int chunks, int index_map, int combine, int pooling"
 
 define(
     "embeddings::bag",
-    f"(Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, int batch_size, int dim, {_HOW}, int accumulate, "
+    f"(Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, int batch_size, int columns, {_HOW}, int accumulate, "
     "str features) -> Tensor",
 )
 define(
@@ -82,44 +97,43 @@ impl("embeddings::raise_noted", "CompositeExplicitAutograd", lambda weights, fea
 
 
 @register_fake("embeddings::bag")
-def _(weights, ids, offsets, per_sample_weights, tables, batch_size, dim, index_map, pooling, accumulate, features):
-    return weights.new_empty(batch_size, tables.shape[0], dim)
+def _(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, *how):
+    return weights.new_empty(batch_size, columns)
 
 
 @register_fake("embeddings::bag_backward")
-def _(grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling, atomic, features):
+def _(grad, weights, *batch_and_how):
     return torch.empty_like(weights, memory_format=torch.contiguous_format)
 
 
 @register_fake("embeddings::bag_backward_rows")
-def _(grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling, features):
+def _(grad, weights, ids, *batch_and_how):
     num_touched = torch.library.get_ctx().new_dynamic_size()
     return ids.new_empty(num_touched, dtype=torch.int64), weights.new_empty(num_touched, weights.shape[1])
 
 
 @register_fake("embeddings::bag_backward_sample_weights")
-def _(grad, weights, ids, offsets, tables, index_map, pooling, features):
+def _(grad, weights, ids, *batch_and_how):
     return weights.new_empty(ids.shape[0])
 
 
 def _keep(ctx, inputs, output) -> None:
-    weights, ids, offsets, per_sample_weights, tables, _, _, *ctx.how, ctx.features = inputs
+    weights, ids, offsets, per_sample_weights, tables, _, _, *ctx.how, ctx.accumulate, ctx.features = inputs
     ctx.save_for_backward(weights, ids, offsets, per_sample_weights, tables)
 
 
 def _backward(ctx, grad: Tensor):
     weights, ids, offsets, per_sample_weights, tables = ctx.saved_tensors
-    index_map, pooling, accumulate = ctx.how
     weights_grad = sample_weights_grad = None
     if ctx.needs_input_grad[0]:
-        slab = (grad, weights, ids, offsets, per_sample_weights, tables, index_map, pooling)
-        if accumulate == Accumulate.ROWS:
-            slots, values = torch.ops.embeddings.bag_backward_rows(*slab, ctx.features)
+        slab = (grad, weights, ids, offsets, per_sample_weights, tables, *ctx.how)
+        if ctx.accumulate == Accumulate.ROWS:
+            units, values = torch.ops.embeddings.bag_backward_rows(*slab, ctx.features)
             weights_grad = torch.sparse_coo_tensor(
-                slots[None], values, weights.shape, is_coalesced=True, check_invariants=False
+                units[None], values, weights.shape, is_coalesced=True, check_invariants=False
             )
         else:
-            atomic = accumulate == Accumulate.ATOMIC
+            atomic = ctx.accumulate == Accumulate.ATOMIC
             if atomic and torch.are_deterministic_algorithms_enabled():
                 raise RuntimeError(
                     "accumulate=atomic does not repeat; with deterministic algorithms use sorted or rows"
@@ -127,9 +141,9 @@ def _backward(ctx, grad: Tensor):
             weights_grad = torch.ops.embeddings.bag_backward(*slab, atomic, ctx.features)
     if ctx.needs_input_grad[3]:
         sample_weights_grad = torch.ops.embeddings.bag_backward_sample_weights(
-            grad, weights, ids, offsets, tables, index_map, pooling, ctx.features
+            grad, weights, ids, offsets, tables, *ctx.how, ctx.features
         )
-    return (weights_grad, None, None, sample_weights_grad, *(None,) * 7)
+    return (weights_grad, None, None, sample_weights_grad, *(None,) * 10)
 
 
 register_autograd("embeddings::bag", _backward, setup_context=_keep)

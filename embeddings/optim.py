@@ -1,6 +1,7 @@
 """Optimizers of embedding slabs: they touch only the slots that the gradient names; only state has the slab's size.
 
-Each takes dense gradients and sparse ones (rows of [S, Z]); for a slot whose gradient is zero the two agree, except
+A slot is a row of the parameter [S, Z]: of a dense table a row, of a hashed one a block; where a slab's widths differ, a
+piece of one. Each takes dense gradients and sparse ones (rows of [S, Z]); for a slot whose gradient is zero the two agree, except
 under Adam, lazy on sparse gradients: the moments of an untouched slot do not decay (as in torch.optim.SparseAdam).
 """
 
@@ -102,7 +103,7 @@ class Adagrad(_Rows):
 class RowWiseAdagrad(_Rows):
     """s += mean(g^2) over the slot; w -= lr * g / (sqrt(s) + eps). One s per slot of Z weights.
 
-    As in Mudigere et al., ISCA 2022 (section on memory); a slot is a row of a dense table, a block of a hashed one.
+    As in Mudigere et al., ISCA 2022 (section on memory).
     """
 
     def __init__(self, params: Iterable[Tensor], *, lr: float, eps: float) -> None:

@@ -21,7 +21,7 @@ def native_kernels():
         pytest.skip("EMBEDDINGS_NATIVE=off")
     if not native.ensure():
         pytest.skip("the compiled kernels are not available here; EMBEDDINGS_NATIVE=require says why")
-    assert ops.IndexMap.DENSE == 0  # importing embeddings.ops is what declares torch.ops.embeddings
+    assert ops.IndexMap.PARTITION == 0  # importing embeddings.ops is what declares torch.ops.embeddings
     return torch.ops.embeddings
 
 

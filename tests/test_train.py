@@ -132,8 +132,20 @@ def ratings(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_trains(name, cli, ratings):
-    status, _, err = cli(f"experiment={name}", f"data.path={ratings}", "trainer.max_steps=2")
+    reads_files = "data.path" in (ROOT / f"conf/experiment/{name}.yaml").read_text()
+    path = [f"data.path={ratings}"] if reads_files else ["data.num_samples={train: 4096, valid: 1024, test: 1024}"]
+    # so few ids cannot be had in a tenth of their bytes
+    status, _, err = cli(f"experiment={name}", *path, "trainer.max_steps=2", "compression=0.9")
     assert status == 0, err
+
+
+def test_an_experiment_mixes_four_backends_over_the_features(cli, tmp_path):
+    assert cli("experiment=mixed_backends", "data.num_samples={train: 4096, valid: 1024, test: 1024}")[0] == 0
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    backends = {row["feature"]: row["backend"] for row in summary_of(folder)["features"]}
+    assert {name: backends[name] for name in ("C1", "C2", "C12", "C16", "C21")} == {
+        "C1": "hashed", "C2": "dense", "C12": "qr", "C16": "bloom", "C21": "fast"
+    }  # fmt: skip
 
 
 def test_a_run_folder_is_never_overwritten(cli, tmp_path):
@@ -167,7 +179,7 @@ def test_resume_of_another_run_is_refused_with_the_difference(cli):
 REFUSED = [
     (["embeding=hashed"], ["embeding", "did you mean embedding?"]),
     (["compresion=0.1"], ["compresion", "did you mean compression?"]),
-    (["embedding=hashd"], ["embedding=hashd", "dense, hashed", "did you mean hashed?"]),
+    (["embedding=hashd"], ["embedding=hashd", "bloom, dense, fast, hashed, qr", "did you mean hashed?"]),
     (["data=sinthetic"], ["data=sinthetic", "did you mean synthetic?"]),
     (["embedding=hashed", "embedding.blok=8"], ["embedding.blok", "did you mean block?"]),
     (["trainer.batch_sise=3"], ["trainer.batch_sise", "did you mean batch_size?"]),
@@ -196,6 +208,19 @@ REFUSED = [
     (["embedding=hashed", "embedding.block=7"], ["block=7", "16"]),
     (["embedding=hashed", "embedding.accumulate=row"], ["accumulate='row'", "rows"]),
     (["embedding=hashed", "embedding.accumulate=atomic", "deterministic=true"], ["atomic", "rows or sorted"]),
+    (["embedding=fast", "deterministic=true"], ["atomic", "rows or sorted"]),
+    (["embedding=bloom", "embedding.accumulate=auto", "optimizer/embedding=adam"], ["auto", "adam", "rows or sorted"]),
+    (["embedding=bloom", "embedding.num_hashes=0"], ["num_hashes=0", "1 to 32"]),
+    (["embedding=bloom", "embedding.hash=murmur"], ["hash='murmur'", "mixed, murmur3"]),
+    (["embedding=bloom", "embedding.combine=learned", "embedding.importance=1"], ["importance=1"]),
+    (["embedding=hashed", "embedding.hash=affine"], ["hash=affine needs block=1"]),
+    (["embedding=hashed", "embedding.sign=maybe"], ["sign='maybe'"]),
+    (["embedding=qr", "embedding.operation=times"], ["operation='times'", "add, mult, mul, concat"]),
+    (["embedding=qr", "embedding.partitions=1"], ["partitions=1"]),
+    (["embedding=qr", "embedding.collisions=0"], ["collisions=0"]),
+    (["embedding=qr", "embedding.operation=concat", "embedding.dims=[9,9]"], ["dims=[9, 9]", "embedding_dim=16"]),
+    (["embedding=qr", "embedding.order=legecy"], ["order='legecy'", "compose, legacy"]),
+    (["embedding=qr", "compression=0.01"], ["compression=0.01", "the smallest it can is"]),
     (["+embedding@features.C99=hashed"], ["C99", "C1, C2, C3"]),
     (["+embedding@features.C3=hashd"], ["hashd", "did you mean hashed?"]),
     (["+embedding@features.C3=dense", "+features.C3.block=8"], ["features.C3.block", "Dense has no such key"]),

@@ -16,7 +16,8 @@ LOAD = """
 import torch
 from embeddings import native, ops
 loaded = native.load({mode!r})
-args = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, torch.tensor([[0, 0, 4, 4, 1]]), 2, 2, 0, 0, 0, "C1")
+batch = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, torch.tensor([[0, 0, 2, 2, 0, 4, 4, 1, 0]]), 2)
+args = (*batch, 2, 1, 1, 0, 0, 0, 0, "C1")
 print(loaded, torch.ops.embeddings.bag(*args).sum().item())
 """
 
