@@ -1,8 +1,9 @@
 """Optimizers of embedding slabs: they touch only the slots that the gradient names; only state has the slab's size.
 
-A slot is a row of the parameter [S, Z]: of a dense table a row, of a hashed one a block; where a slab's widths differ, a
-piece of one. Each takes dense gradients and sparse ones (rows of [S, Z]); for a slot whose gradient is zero the two agree, except
-under Adam, lazy on sparse gradients: the moments of an untouched slot do not decay (as in torch.optim.SparseAdam).
+A slot is a row of the parameter [S, Z]: a row of a dense table, a block of a hashed one; a piece of either where the
+slab's widths differ. Each optimizer takes dense gradients and sparse ones (rows of [S, Z]); for a slot whose gradient
+is zero the two agree, except under Adam, lazy on sparse gradients: the moments of an untouched slot do not decay (as in
+torch.optim.SparseAdam).
 """
 
 from collections.abc import Iterable
