@@ -71,6 +71,15 @@ def test_every_backend_trains_and_leaves_the_contracts_files(name, cli, tmp_path
         assert word in out
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_learns(name, cli, tmp_path):
+    samples = "data.num_samples={train: 120000, valid: 0, test: 20000}"
+    shape = ["data.cardinalities=[50, 3000, 20000]", "trainer.batch_size=1024", "trainer.save_checkpoint=false"]
+    status, _, err = cli(f"embedding={name}", "compression=0.2", samples, *shape, "hydra.run.dir=run")
+    assert status == 0, err
+    assert summary_of(tmp_path / "run")["last"]["test/share_of_best_auc"] > 0.9
+
+
 def test_sweep_makes_a_folder_per_job(cli, tmp_path):
     status, _, err = cli("-m", "embedding=dense,hashed", "compression=0.5,0.1", *SMALL)
     assert status == 0, err
