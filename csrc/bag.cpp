@@ -87,7 +87,8 @@ std::vector<Slice> check_tables(const Call& call) {
     unsigned __int128 num_ids = 1;  // that a ranged map can tell apart
     for (int64_t k = 0; k < K; ++k) {
       const Table& table = call.at.table(f, k);
-      const bool own = table.position == first.position && table.num_embeddings == first.num_embeddings;
+      const bool own =
+          table.position == first.position && table.num_embeddings == first.num_embeddings && table.num_embeddings >= 0;
       if (!own || !add_table(call, f * K + k, slices)) {
         fail("feature ", call.feature(f), ": probe ", k, " of ", table.dim, " numbers in slots of ", table.width, ", [",
              table.begin, ", +", table.num_slots, " slots), does not fit its feature, the slices before or a slab of ",
@@ -481,10 +482,11 @@ SortedSlice sort_slice(const Call& call, const Map& map, const Slice& slice, Fir
     size_t next = row;
     while (next < slice.rows.size() && slice.rows[next] / K == f) ++next;
     const int64_t limit = call.at.table(f, 0).num_embeddings;
-    const int64_t num_ids = B > 0 ? call.at.end(f, B - 1) - call.at.begin(f, 0) : 0;
-    if (row == 0 && num_ids > 0 && num_ids <= call.at.num_ids) {  // offsets are checked bag by bag
-      sorted.occurrences.reserve(num_ids);
-      sorted.touches.reserve(num_ids * (next - row) * C);
+    if (row == 0) {
+      const int64_t begin = B > 0 ? call.at.begin(f, 0) : 0, end = B > 0 ? call.at.end(f, B - 1) : 0;
+      const bool sane = begin >= 0 && begin <= end && end <= call.at.num_ids;  // offsets are checked bag by bag
+      sorted.occurrences.reserve(sane ? end - begin : 0);
+      sorted.touches.reserve(sane ? (end - begin) * (next - row) * C : 0);
     }
     for (int64_t b = 0; b < B; ++b) {
       if (!valid_bag(call, f, b, error)) continue;

@@ -39,26 +39,25 @@ class QR(Backend):
             raise ValueError(
                 f"collisions={self.collisions} must be at least 1, and partitions={self.partitions} be 2 beside it"
             )
-        object.__setattr__(self, "dims", self._dims())
+        self._check_dims()
+        if self.dims is not None:
+            object.__setattr__(self, "dims", tuple(self.dims))  # a yaml's list cannot be compared by hash
 
-    def _dims(self) -> tuple[int, ...] | None:
+    def _check_dims(self) -> None:
         if self.operation != "concat":
             if self.dims is not None:
                 raise ValueError(f"dims={list(self.dims)}: only operation=concat has them, not {self.operation}")
-            return None
-        if self.dims is None:
+        elif self.dims is None:
             if self.embedding_dim % self.partitions:
                 raise ValueError(
                     f"operation=concat: partitions={self.partitions} must divide embedding_dim={self.embedding_dim}, "
                     "or dims say how long each part is"
                 )
-            return (self.embedding_dim // self.partitions,) * self.partitions
-        if len(self.dims) != self.partitions or min(self.dims) < 1 or sum(self.dims) != self.embedding_dim:
+        elif len(self.dims) != self.partitions or min(self.dims) < 1 or sum(self.dims) != self.embedding_dim:
             raise ValueError(
                 f"dims={list(self.dims)} must be {self.partitions} numbers of at least 1 that add up to "
                 f"embedding_dim={self.embedding_dim}"
             )
-        return tuple(self.dims)
 
     @property
     def index_map(self) -> IndexMap:
@@ -74,7 +73,9 @@ class QR(Backend):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return self.dims or (self.embedding_dim,) * self.partitions
+        if self.operation != "concat":
+            return (self.embedding_dim,) * self.partitions
+        return self.dims or (self.embedding_dim // self.partitions,) * self.partitions
 
     def probes(self, slots: tuple[int, ...]) -> list[Probe]:
         if self.collisions is not None:  # the quotient table comes first

@@ -77,7 +77,7 @@ def _check_tables(tables, num_positions: int | None, columns: int, slab, layout:
             raise RuntimeError(f"the batch has no bags for feature {name} at position {position}")
         num_ids = 1  # that can differ, under a ranged map
         for k, (place, at, dim, width, begin, num_slots, limit, divisor, _) in enumerate(probes):
-            own = place == position and limit == num_embeddings
+            own = place == position and limit == num_embeddings >= 0
             shaped = 0 < width <= dim and dim % width == 0 and dim // width <= layout.chunks
             shaped = shaped and width % unit == 0 and begin % unit == 0 and divisor >= 1
             shaped = shaped and (layout.index_map not in maps.ONE_CHUNK or width == dim)

@@ -102,6 +102,11 @@ def test_two_features_of_a_slab_may_read_one_feature_of_the_batch(kernels, devic
     case = make_case(BAGS["some"], **KINDS["hashed of many dims"], positions=(1, 2, 1))
     there, grad = case.to(device), case.random_grad()
     assert_same_bits(there.forward(kernels, MEAN), oracle.forward(case, MEAN))
+    if device == "cuda" and kernels is not reference:  # it numbers the ids by their positions
+        there.backward(kernels, grad.to(device), MEAN)
+        with pytest.raises(RuntimeError, match="feature C1: another feature of its slab has the same position 1"):
+            kernels.raise_noted(there.weights, there.features)
+        return
     assert_same_bits(there.backward(kernels, grad.to(device), MEAN), oracle.backward(case, grad, MEAN)[0])
 
 
