@@ -151,7 +151,11 @@ class OrderedSum {
   template <typename Fill>
   void put(int64_t d, int64_t size, Fill fill) {
     int64_t z = 0;
-    for (; z + kPiece <= size; z += kPiece) add<kPiece>(d, z, fill);
+    for (; z + kPiece <= size; z += kPiece) {
+      add<kPiece>(d, z, fill);
+      __asm__ volatile(
+          "");  // else gcc gathers the pieces' first numbers, second numbers, ... into vectors: half as fast
+    }
     for (; z < size; ++z) add<1>(d, z, fill);
   }
   // The sum; zeros if nothing was added.
