@@ -666,7 +666,7 @@ struct Variant {
 // Calls function(weight_t{}, map, Variant{}).
 template <typename Function>
 void with_kernel(const Call& call, Function function) {
-  with_dtype_and_map(call.weights.scalar_type(), call.index_map, [&](auto weight, auto map) {
+  with_dtype_and_map(call, [&](auto weight, auto map) {
     if (call.at.probes > 1) return function(weight, map, Variant<false, 8>{});
     if (call.unit % 16 == 0) return function(weight, map, Variant<true, 16>{});
     if (call.unit % 8) return function(weight, map, Variant<true, 4>{});
@@ -757,7 +757,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});
   check_tables(call);
-  with_dtype_and_map(weights.scalar_type(), index_map, [&](auto weight, auto map) {
+  with_dtype_and_map(call, [&](auto weight, auto map) {
     using weight_t = decltype(weight);
     using Map = decltype(map);
     using real = typename Accumulator<weight_t>::type;

@@ -404,11 +404,11 @@ FirstError* error_of(const std::string& features) {
 
 // Calls function(lookup). grad: contiguous, or nothing in a forward.
 template <typename Function>
-void with_lookup(const Call& call, int64_t index_map, const std::optional<Tensor>& grad, Function function) {
+void with_lookup(const Call& call, const std::optional<Tensor>& grad, Function function) {
   require(call.columns <= INT32_MAX, "columns must be less than 2^31");
   const int64_t num_positions = call.at.batch_size == 0 ? 0 : call.at.num_bags / call.at.batch_size;
   FirstError* error = error_of(call.features);
-  with_dtype_and_map(call.weights.scalar_type(), index_map, [&](auto weight, auto map) {
+  with_dtype_and_map(call, [&](auto weight, auto map) {
     using weight_t = decltype(weight);
     using Map = decltype(map);
     const Batch<Map> batch{call.at,      map,          call.unit,     call.columns, call.chunks,
@@ -522,7 +522,7 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns, layout, features);
   Tensor out = torch::stable::new_empty(weights, {batch_size, columns});
-  with_lookup(call, index_map, std::nullopt, [&](auto lookup) {
+  with_lookup(call, std::nullopt, [&](auto lookup) {
     using Lookup = decltype(lookup);
     const Typical<Lookup> typical(call);
     const int64_t work = typical.parts * batch_size;
@@ -544,7 +544,7 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.num_units, call.unit});
-  with_lookup(call, index_map, dense, [&](auto lookup) {
+  with_lookup(call, dense, [&](auto lookup) {
     const auto argmax = find_argmax(launch, call, lookup);
     if (atomic) return atomic_backward(launch, call, lookup, out);
     const SortedTouches sorted = sort_touches(launch, call, lookup);
@@ -564,7 +564,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor units, values;
-  with_lookup(call, index_map, dense, [&](auto lookup) {
+  with_lookup(call, dense, [&](auto lookup) {
     const auto argmax = find_argmax(launch, call, lookup);
     const SortedTouches sorted = sort_touches(launch, call, lookup);
     const int64_t count = sorted.touches.count;
@@ -596,7 +596,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, layout, features);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});
-  with_lookup(call, index_map, dense, [&](auto lookup) {
+  with_lookup(call, dense, [&](auto lookup) {
     using Lookup = decltype(lookup);
     launch(sample_weights_kernel<Lookup>, call.at.num_features * call.at.batch_size, 1, lookup,
            out.mutable_data_ptr<typename Lookup::weight_t>());

@@ -219,10 +219,9 @@ inline void with_dtype(ScalarType dtype, Function function) {
 
 // Calls function(weight_t{}, map).
 template <typename Function>
-inline void with_dtype_and_map(ScalarType dtype, int64_t index_map, Function function) {
-  with_dtype(dtype, [&](auto weight) {
-    require(with_map(index_map, [&](auto map) { function(weight, map); }), "unknown index_map");
-  });
+inline void with_dtype_and_map(const Call& call, Function function) {
+  with_dtype(call.weights.scalar_type(),
+             [&](auto weight) { with_map(call.index_map, [&](auto map) { function(weight, map); }); });
 }
 
 }  // namespace embeddings

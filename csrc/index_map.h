@@ -133,16 +133,14 @@ struct HashMap {
   }
 };
 
-// Calls function(map) with the map of that number; false if there is none.
+// Calls function(map) with the map of that number, which make_call has checked.
 template <typename Function>
-inline bool with_map(int64_t index_map, Function function) {
-  if (index_map < 0 || index_map >= kNumMaps) return false;
+inline void with_map(int64_t index_map, Function function) {
   if (index_map == kPartition) {
     function(PartitionMap{});
   } else {
     function(HashMap{static_cast<IndexMap>(index_map)});
   }
-  return true;
 }
 
 }  // namespace embeddings
