@@ -142,10 +142,11 @@ class Backends:
             own = node if "_target_" in node else config["embedding"] | node
             self.named[name] = backend(f"features.{name}", own)
         self.dense_below = config["dense_below"]
-        how = {"accumulate": self.default.accumulate, "init": self.default.init}
-        self.dense = Dense(embedding_dim=self.default.embedding_dim, compression=1.0, **how)
         if isinstance(self.default, Dense):
             self.dense = self.default
+        else:
+            how = {"accumulate": self.default.accumulate, "init": self.default.init}
+            self.dense = Dense(embedding_dim=self.default.embedding_dim, compression=1.0, **how)
         if not self.default.compresses and config["compression"] != 1:
             name, ratio = self.default.name, config["compression"]
             print(f"embedding={name}: its rows are given, so compression={ratio:g} does not apply to it")
@@ -226,6 +227,9 @@ def print_plan(dataset, bags: EmbeddingBags) -> None:
     counts = Counter(row["backend"] for row in bags.feature_table())
     kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"data: {dataset.describe()}")
+    on_cpu = [slab.backend for slab in bags.slabs if not slab.weight.is_cuda]
+    if atomic := sorted({backend.name for backend in on_cpu if backend.accumulate == "atomic"}):
+        print(f"{', '.join(atomic)}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)")
     print(
         f"embeddings: features {kinds}, in {len(bags.slabs)} slabs; {format_bytes(bags.num_bytes())}, "
         f"all dense {format_bytes(bags.dense_equivalent_bytes())}",

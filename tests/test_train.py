@@ -99,6 +99,43 @@ def test_a_feature_gets_its_own_backend_and_ratio(cli, tmp_path):
     assert by_name["C3"]["compression"] == pytest.approx(0.05, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "arguments, atomic",
+    [
+        (["embedding=fast"], "fast"),
+        (["+embedding@features.C3=fast"], "fast"),  # the others are dense
+        (["embedding=hashed", "embedding.accumulate=atomic", "compression=0.5"], "dense, hashed"),
+        (["embedding=fast", "embedding.accumulate=sorted"], None),
+    ],
+    ids=["all", "one-feature", "hashed", "sorted"],
+)
+def test_a_cpu_run_says_whose_gradients_it_sums_in_order_instead_of_by_atomics(arguments, atomic, cli):
+    status, out, err = cli(*arguments, "trainer.max_steps=1", *SMALL)
+    assert status == 0, err
+    said = [line for line in out.splitlines() if "on the CPU gradients are summed in order" in line]
+    wanted = f"{atomic}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)"
+    assert said == ([wanted] if atomic else [])
+
+
+def test_d8_options_that_are_false_are_off(cli, tmp_path):
+    def run(folder: str, *arguments: str) -> tuple[float, bool]:
+        status, _, err = cli("embedding=hashed", "compression=0.5", *SMALL, f"hydra.run.dir={folder}", *arguments)
+        assert status == 0, err
+        return summary_of(tmp_path / folder)["last"]["test/log_loss"], any(
+            (tmp_path / folder / "checkpoints").glob("*")
+        )
+
+    keys = ("trainer.save_checkpoint", "deterministic", "embedding.sign", "embedding.shared")
+    loss, is_saved = run("plain")
+    assert is_saved
+    for word in ("false", "False"):
+        assert run(f"off-{word}", *(f"{key}={word}" for key in keys)) == (loss, False)
+    for key in ("embedding.sign", "embedding.shared"):
+        assert run(f"on-{key}", f"{key}=true")[0] != loss
+    for word, expected in (("false", 0), ("true", 2)):  # gradients by atomics do not repeat
+        assert cli("embedding=fast", *SMALL, "trainer.max_steps=1", f"deterministic={word}")[0] == expected
+
+
 def test_same_seed_same_result_other_seed_another(cli, tmp_path):
     losses = []
     for seed in (0, 0, 1):
