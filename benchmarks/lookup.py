@@ -5,12 +5,13 @@ at a tenth of their rows. Fresh ids in every round (cold rows), uniform over the
 """
 
 import argparse
+from statistics import median
 
 import torch
 from torch import nn
 
 from benchmarks.measure import interleave, record
-from embeddings import QR, Bloom, Dense, EmbeddingBags, Hashed, native
+from embeddings import QR, Bloom, Dense, EmbeddingBags, Fast, Hashed, native
 
 KAGGLE = [1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194]
 KAGGLE += [27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572]
@@ -44,12 +45,16 @@ def compare(rows: list[int], dim: int, bag: int, batch_size: int, *, device: str
     qr = {"partitions": 2, "collisions": None, "order": "compose", "dims": None}
     backends = {
         "dense": Dense(compression=1.0, **common),
+        "fast": Fast(compression=1.0, **common | {"accumulate": "atomic"}),
         "hashed block 8": Hashed(block=8, **hashing),
         "hashed rows": Hashed(block=dim, **hashing),
         "bloom": Bloom(num_hashes=2, combine="sum", hash="mixed", importance=0.1, compression=0.1, **common),
         "qr": QR(operation="mult", compression=0.1, **qr, **common),
     }
-    large = {name: {f: backends["dense"] if n < 1000 else b for f, n in names.items()} for name, b in backends.items()}
+    large = {
+        name: {f: backends["dense"] if n < 1000 and b.compresses else b for f, n in names.items()}
+        for name, b in backends.items()
+    }
     modules = {name: EmbeddingBags(b, names, pooling="sum", seed=0).to(device) for name, b in large.items()}
     peer = Torch(rows, dim).to(device)
     pool = [[torch.randint(n, (batch_size, bag), device=device) for n in rows] for _ in range(POOL)]
@@ -72,7 +77,8 @@ def compare(rows: list[int], dim: int, bag: int, batch_size: int, *, device: str
         for name, module in modules.items():
             call = lambda i, m=module: m(flat[i % POOL], offsets)  # noqa: E731
             competitors[name] = run(module, call, backward)
-        seconds = interleave(competitors, rounds=rounds, device=device)
+        times = interleave(competitors, rounds=rounds, device=device)
+        seconds = {name: median(times) for name, times in times.items()}
         for name in modules:
             results.append(
                 {

@@ -3,8 +3,6 @@
 import json
 import os
 import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from dlrm.run_folder import git_commit
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(competitors: dict[str, Callable[[int], object]], *, rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each competitor; all run in turn in every round, so that a slow moment hits all alike.
+def interleave(competitors: dict[str, Callable[[int], object]], *, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each competitor in each round; all run in turn in every round, so that a slow moment hits all alike.
 
     competitors: name -> function of the round's number, which picks fresh ids. The first two rounds warm up.
     """
@@ -29,7 +29,7 @@ def interleave(competitors: dict[str, Callable[[int], object]], *, rounds: int, 
             _wait(device)
             if i >= 2:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def _wait(device: str) -> None:
@@ -39,7 +39,6 @@ def _wait(device: str) -> None:
 
 def machine(device: str) -> dict:
     """What a number depends on: device, torch, threads, commit and date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -49,7 +48,7 @@ def machine(device: str) -> dict:
         "device": torch.cuda.get_device_name() if device != "cpu" else f"{cpu}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.strip() or os.environ.get("COMMIT", "unknown"),
+        "commit": git_commit() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
