@@ -1,6 +1,7 @@
 """The operators' values: those of a numpy oracle to the last bit, in the compiled kernels and in the reference."""
 
 import itertools
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -181,34 +182,40 @@ def test_a_slab_of_no_features_gives_no_columns(kernels, device, pooling):
         )
 
 
+def every_other(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x + 1], x.dim()).select(-1, 0)
+
+
+STRIDES = {  # of a gradient
+    "every other": every_other,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "of a wider one": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+}
+
+
+def strided(kernels, stride):
+    """The kernels, but for the strides of the tensors they are given: a gradient's are `stride`'s."""
+
+    def of(name: str):
+        def call(*arguments):
+            layouts = [every_other if name == "bag" else stride, *[every_other] * (len(arguments) - 1)]
+            pairs = zip(layouts, arguments, strict=True)
+            arguments = [layout(x) if isinstance(x, torch.Tensor) else x for layout, x in pairs]
+            assert not any(x.is_contiguous() for x in arguments if isinstance(x, torch.Tensor))
+            return getattr(kernels, name)(*arguments)
+
+        return call
+
+    names = ("bag", "bag_backward", "bag_backward_rows", "bag_backward_sample_weights")
+    return SimpleNamespace(**{name: of(name) for name in names})
+
+
 @each_pooling
 @pytest.mark.parametrize("kind", ["hashed-8", "bloom learned", "qr mult", "hashed of many dims"])
-def test_strided_arguments_mean_what_contiguous_ones_do(kernels, device, pooling, kind):
-    case = make_case(BAGS["some"], **KINDS[kind], weighted=pooling != MAX).to(device)
-
-    def every_other(x):
-        return torch.stack([x, x + 1], x.dim()).select(-1, 0) if x is not None else None
-
-    strided = case._replace(
-        weights=every_other(case.weights),
-        ids=every_other(case.ids),
-        offsets=every_other(case.offsets),
-        sample_weights=every_other(case.sample_weights),
-        tables=every_other(case.tables),
-    )
-    grad = case.random_grad().to(device)
-    wide = torch.cat([grad, grad + 1], 1)[:, : case.columns]
-    grads = [every_other(grad), grad.t().contiguous().t(), wide]
-    assert not any(x.is_contiguous() for x in (strided.weights, strided.ids, strided.offsets, strided.tables, *grads))
-    assert_same_bits(strided.forward(kernels, pooling), case.forward(kernels, pooling))
-    for strided_grad in grads:
-        assert_same_bits(strided.backward(kernels, strided_grad, pooling), case.backward(kernels, grad, pooling))
-        rows = strided.backward_rows(kernels, strided_grad, pooling)
-        for found, wanted in zip(rows, case.backward_rows(kernels, grad, pooling), strict=True):
-            assert_same_bits(found, wanted)
-        if pooling != MAX:
-            found = strided.backward_sample_weights(kernels, strided_grad, pooling)
-            assert_same_bits(found, case.backward_sample_weights(kernels, grad, pooling))
+@pytest.mark.parametrize("stride", STRIDES.values(), ids=[name.replace(" ", "-") for name in STRIDES])
+def test_strided_arguments_mean_what_contiguous_ones_do(kernels, device, pooling, kind, stride):
+    case = make_case(BAGS["some"], **KINDS[kind], weighted=pooling != MAX)
+    assert_same_results(case, strided(kernels, stride), kernels, pooling, device)
 
 
 def one_bag(weights) -> Case:
