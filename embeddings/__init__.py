@@ -4,12 +4,13 @@ Shapes: B batch, F features, D dim (embedding_dim), N ids of the batch, K probes
 units of Z.
 """
 
+from embeddings.arrangement import seed_of
 from embeddings.bloom import Bloom
 from embeddings.collection import EmbeddingBags
 from embeddings.dense import Dense
 from embeddings.fast import Fast
 from embeddings.hashed import Hashed
 from embeddings.qr import QR
-from embeddings.slab import Slab, seed_of
+from embeddings.slab import Slab
 
 __all__ = ["QR", "Bloom", "Dense", "EmbeddingBags", "Fast", "Hashed", "Slab", "seed_of"]

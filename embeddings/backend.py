@@ -1,5 +1,7 @@
 """What a backend is: a frozen dataclass of hyperparameters that says which weights a feature gets and who reads them.
 
+Its defaults are those of its yaml in conf/embedding, but for `accumulate`: a dense gradient suits every optimizer.
+
 A feature's weights are one slice of slots or more; by each of its probes an id reads one slot or more of a slice.
 Features whose backends are equal, but for embedding_dim, share one slab and one launch. A subclass sets
 
@@ -38,8 +40,10 @@ class Backend:
 
     embedding_dim: int  # D
     compression: float  # bytes of the compressed features / their dense bytes, in (0, 1]
-    accumulate: str  # gradients: sorted | atomic | rows | auto
-    init: str  # of the weights: fair (a vector's variance is the same under every backend) | upstream (as its authors)
+    accumulate: str = "sorted"  # gradients: sorted | atomic | rows | auto
+    init: str = (
+        "fair"  # of the weights: fair (a vector's variance is the same under every backend) | upstream (as its authors)
+    )
 
     combine_kind: ClassVar[Combine] = Combine.ADD
 

@@ -24,10 +24,10 @@ class Bloom(Backend):
     hash=murmur3: Spotlight's rows, for the same number of them. init=upstream: N(0, 1 / D), Spotlight's.
     """
 
-    num_hashes: int  # K
-    combine: str  # sum | mean | learned
-    hash: str  # mixed | murmur3
-    importance: float  # share of the bytes that the learned weights get
+    num_hashes: int = 2  # K
+    combine: str = "sum"  # sum | mean | learned
+    hash: str = "mixed"  # mixed | murmur3
+    importance: float = 0.1  # share of the bytes that the learned weights get
 
     def __post_init__(self) -> None:
         super().__post_init__()

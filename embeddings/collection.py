@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from embeddings.arrangement import Lookup
 from embeddings.backend import Backend
 from embeddings.ops import Pooling
 from embeddings.slab import Slab
@@ -41,7 +42,7 @@ class EmbeddingBags(nn.Module):
             Slab(
                 {feature: backends[feature] for feature in features},
                 {feature: rows[feature] for feature in features},
-                positions=[order.index(feature) for feature in features],
+                [Lookup(feature, feature, order.index(feature)) for feature in features],
                 pooling=Pooling[pooling.upper()],
                 seed=seed,
             )

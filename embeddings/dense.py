@@ -14,7 +14,7 @@ class Dense(Backend):
 
     init=upstream: N(0, 1), as torch.nn.Embedding."""
 
-    compression: float = field(compare=False)  # any ratio gives the same table
+    compression: float = field(default=1.0, compare=False)  # any ratio gives the same table
 
     index_map = IndexMap.PARTITION
     compresses = False

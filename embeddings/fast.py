@@ -12,3 +12,5 @@ class Fast(Dense):
     On a CPU the sorted sum serves instead, and repeats. Tables of any sizes and dims are one flat buffer and one
     launch, without padding. init=upstream: N(0, 1).
     """
+
+    accumulate: str = "atomic"

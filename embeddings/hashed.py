@@ -16,10 +16,10 @@ class Hashed(Backend):
     rows collide whole. init=upstream is what `fair` is. Raises ValueError if block does not divide embedding_dim.
     """
 
-    block: int  # numbers per hash, Z
-    hash: str  # mixed | affine
-    sign: bool
-    shared: bool
+    block: int = 4  # numbers per hash, Z
+    hash: str = "mixed"  # mixed | affine
+    sign: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -74,6 +74,10 @@ def ensure() -> bool:
     return _decided[0] if _decided else load(os.environ.get("EMBEDDINGS_NATIVE", "auto"))
 
 
+# what torch.compiler.assume_constant_result sets, without its import of the compiler: traced code calls it once
+ensure._dynamo_marked_constant = True
+
+
 def build() -> Path:
     """The shared library for this torch, compiler and processor, compiled if it is not in the user's cache.
 

@@ -71,7 +71,7 @@ _HOW = "int probes, int chunks, int index_map, int combine, int pooling"
 
 define(
     "embeddings::bag",
-    f"(Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, int batch_size, int columns, {_HOW}, int accumulate, "
+    f"(Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, SymInt batch_size, int columns, {_HOW}, int accumulate, "
     "str features) -> Tensor",
 )
 define(

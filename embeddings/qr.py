@@ -23,11 +23,11 @@ class QR(Backend):
     init=upstream: U(1 / sqrt(rows), 1), what facebookresearch/dlrm draws (its mean is far from 0).
     """
 
-    operation: str  # add | mult | concat
-    partitions: int
-    collisions: int | None
-    order: str  # compose | legacy
-    dims: tuple[int, ...] | None
+    operation: str = "mult"  # add | mult | concat
+    partitions: int = 2
+    collisions: int | None = None
+    order: str = "compose"  # compose | legacy
+    dims: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

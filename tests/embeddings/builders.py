@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from oracle import Case
 
 from embeddings import Dense, EmbeddingBags, Hashed, Slab
+from embeddings.arrangement import Lookup
+from embeddings.ops import Pooling
 from embeddings.reference import SEPARATOR
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf/embedding").glob("*.yaml"))
@@ -71,6 +73,13 @@ def named(name: str, **changes):
     """The backend of conf/embedding/<name>.yaml."""
     (path,) = (path for path in YAMLS if path.stem == name)
     return from_yaml(path, **changes)
+
+
+def make_slab(backends: dict, rows: list[int], *, positions=None, pooling=Pooling.SUM, seed=0) -> Slab:
+    """A table for every feature; feature t at position t unless others are given."""
+    places = range(len(rows)) if positions is None else positions
+    lookups = [Lookup(name, name, position) for name, position in zip(backends, places, strict=True)]
+    return Slab(backends, dict(zip(backends, rows, strict=True)), lookups, pooling=pooling, seed=seed)
 
 
 def make_bags(backends: list, rows: list[int], *, pooling="sum", seed=0) -> EmbeddingBags:

@@ -21,6 +21,7 @@ from builders import (
     hashed,
     make_bags,
     make_batch,
+    make_slab,
     named,
     vectors,
 )
@@ -119,7 +120,7 @@ def test_tables_of_many_sizes_and_dims_are_one_launch(yaml):
     dims, rows = [4, 16, 2, 64, 16], [900, 400, 2000, 300, 500]
     how = {"block": 2} if yaml.stem == "hashed" else {}
     backends = {f"C{f}": from_yaml(yaml, embedding_dim=dim, compression=0.5, **how) for f, dim in enumerate(dims)}
-    slab = Slab(backends, dict(zip(backends, rows, strict=True)), positions=list(range(5)), pooling=Pooling.SUM, seed=0)
+    slab = make_slab(backends, rows)
     ids = torch.cat([torch.arange(100)] * 5)
     out = slab(ids, None, None, 100)
     assert out.shape == (100, sum(dims))
@@ -132,7 +133,7 @@ def test_tables_of_many_sizes_and_dims_are_one_launch(yaml):
 
 def test_features_of_one_slab_must_have_one_backend():
     with pytest.raises(ValueError, match="one backend"):
-        Slab({"C1": dense(), "C2": hashed()}, {"C1": 9, "C2": 900}, positions=[0, 1], pooling=Pooling.SUM, seed=0)
+        make_slab({"C1": dense(), "C2": hashed()}, [9, 900])
 
 
 @pytest.mark.parametrize("backends, rows", [(INTERLEAVED, ROWS), (EVERY, EVERY_ROWS)], ids=["interleaved", "every"])
@@ -368,7 +369,7 @@ def slabs_and_batches(draw, yaml, changes):
     positions = draw(st.permutations(range(4)))[:features]
     pooling = draw(st.sampled_from(list(Pooling)))
     seed = draw(st.integers(0, 9))
-    slab = Slab(backends, dict(zip(backends, rows, strict=True)), positions=positions, pooling=pooling, seed=seed)
+    slab = make_slab(backends, rows, positions=positions, pooling=pooling, seed=seed)
     size = draw(st.sampled_from([n for n in (1, 3, 70, 300) if n * largest * features * samples <= 8000] or [1]))
     one_id = draw(st.booleans())
     counts = draw(st.lists(st.integers(0, size), min_size=4 * samples, max_size=4 * samples))

@@ -1,5 +1,6 @@
 """compression=r is r of the dense bytes within one percent, or is refused with the smallest that can be had."""
 
+import dataclasses
 import math
 import re
 from functools import cache
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import DIM, YAMLS, dense, each_choice, each_yaml, from_yaml, hashed, make_bags, named
+from omegaconf import OmegaConf
 
 from embeddings import Bloom, Dense, EmbeddingBags, Fast, Hashed
 
@@ -142,8 +144,8 @@ def test_a_misspelt_or_leftover_key_is_refused():
     for kind in (Dense, Fast):
         with pytest.raises(TypeError, match="block"):
             kind(**how, block=8)
-    with pytest.raises(TypeError, match="importance"):
-        Bloom(**how, num_hashes=2, combine="sum", hash="mixed")
+    with pytest.raises(TypeError, match="num_hash"):
+        Bloom(**how, num_hash=2, combine="sum", hash="mixed")
 
 
 REFUSED = {
@@ -218,3 +220,12 @@ def test_features_must_agree_with_rows_in_dim_and_pooling():
         EmbeddingBags({"C1": dense()}, {"C1": 5}, pooling="summ", seed=0)
     with pytest.raises(ValueError, match="feature"):
         EmbeddingBags({}, {}, pooling="sum", seed=0)
+
+
+@each_yaml
+def test_a_yaml_says_every_field_of_its_backend_and_its_default_but_for_a_dense_gradient(yaml):
+    composed = from_yaml(yaml)
+    assert {"_target_", "_partial_", *(f.name for f in dataclasses.fields(composed))} == set(OmegaConf.load(yaml))
+    default = type(composed)(embedding_dim=DIM, compression=1.0)
+    assert default.accumulate == ("atomic" if yaml.stem == "fast" else "sorted")
+    assert dataclasses.replace(composed, accumulate=default.accumulate) == default

@@ -25,6 +25,7 @@ from builders import (
     from_yaml,
     make_bags,
     make_batch,
+    make_slab,
     named,
     vectors,
 )
@@ -97,7 +98,7 @@ def make_call(
 
 def slab_of(backend, n: int, weight: torch.Tensor | None = None, pooling=Pooling.SUM) -> Slab:
     """One feature of n ids, with these weights."""
-    slab = Slab({"C1": backend}, {"C1": n}, positions=[0], pooling=pooling, seed=0)
+    slab = make_slab({"C1": backend}, [n], pooling=pooling)
     if weight is not None:
         with torch.no_grad():
             slab.weight.view(-1).copy_(weight.flatten())
@@ -444,7 +445,7 @@ def test_f7_tables_of_many_dims_equal_embeddings_side_by_side_and_store_no_paddi
     known = recorded("fast_multi_embedding")
     sizes, dims = known["sizes"], known["dims"]
     backends = {f"C{t}": named("fast", embedding_dim=d) for t, d in enumerate(dims)}
-    slab = Slab(backends, dict(zip(backends, sizes, strict=True)), positions=[0, 1, 2], pooling=Pooling.SUM, seed=0)
+    slab = make_slab(backends, sizes)
     assert slab.weight.numel() == sum(n * d for n, d in zip(sizes, dims, strict=True))  # upstream: 300 * 14
     padded = dyadic(300, 14)
     columns = known["column_offsets"]
