@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SLOW ?= not slow
+EXAMPLES ?= $(wildcard examples/*.py)
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +18,11 @@ $(VENV)/.train: requirements.txt | $(BIN)/python
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.torchrec: requirements-torchrec.txt requirements-torchrec-no-deps.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torchrec.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-torchrec-no-deps.txt
 	@touch $@
 
 setup: $(VENV)/.dev  ## make .venv and install the pinned requirements
@@ -41,6 +47,29 @@ format: $(VENV)/.dev  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
 
+# setuptools packs what it finds in build/, so a source deleted since the last wheel would be in the next one
+wheel: $(VENV)/.dev  ## build the wheel of embeddings/ into dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+test-wheel: $(VENV)/.dev  ## install the wheel into an empty environment, build its kernels there and train with them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+torchrec: $(VENV)/.torchrec  ## add torchrec to .venv; VENV=.venv-torchrec leaves .venv as it is
+
+# tests skip where torchrec cannot be imported; here that is an error
+test-torchrec: $(VENV)/.torchrec  ## the tests that compare with torchrec
+	$(BIN)/python -W ignore -c "import torchrec"
+	EMBEDDINGS_NATIVE=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torchrec tests
+
+examples: $(VENV)/.train  ## run every examples/*.py; those named *torchrec* need make torchrec
+	@for example in $(EXAMPLES); do \
+	  case $$example in *torchrec*) \
+	    test -e $(VENV)/.torchrec || { echo "$$example: skipped, make torchrec installs what it needs"; continue; };; \
+	  esac; \
+	  echo "$$example"; PYTHONPATH=. OMP_WAIT_POLICY=passive $(BIN)/python $$example || exit 1; \
+	done
+
 cuda: $(VENV)/.train  ## compile every .cu for sm_80 and sm_90, warnings are errors; needs nvcc, no GPU
 	$(BIN)/python -c "from embeddings.native import compile_cuda; raise SystemExit(compile_cuda())"
 
@@ -50,4 +79,4 @@ gpu:  ## on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, 
 bench: $(VENV)/.dev  ## the short benchmarks of this machine
 	$(BIN)/python -m benchmarks.lookup
 
-.PHONY: help setup train test test-slow lint format cuda gpu bench
+.PHONY: help setup train test test-slow lint format wheel test-wheel torchrec test-torchrec examples cuda gpu bench

@@ -14,3 +14,5 @@ from embeddings.qr import QR
 from embeddings.slab import Slab
 
 __all__ = ["QR", "Bloom", "Dense", "EmbeddingBags", "Fast", "Hashed", "Slab", "seed_of"]
+
+__version__ = "0.1.0"  # said here alone; pyproject.toml reads it without importing torch

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+PACKAGE = Path(__file__).resolve().parent
+# a wheel carries csrc inside the package; a checkout, and so an editable install, has it beside
+CSRC = (PACKAGE if (PACKAGE / "csrc").is_dir() else PACKAGE.parent) / "csrc"
 MODES = ("auto", "require", "off")
 ARCHITECTURES = ("80", "90")  # A100, H100 and H200
 
