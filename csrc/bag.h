@@ -139,7 +139,8 @@ struct Layout {
 inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optional<Tensor>& offsets,
                       const std::optional<Tensor>& sample_weights, const Tensor& tables, int64_t batch_size,
                       int64_t columns, const Layout& layout, const std::string& features) {
-  require(weights.dim() == 2 && weights.size(1) > 0, "weights must be [units, numbers of a unit]");
+  require(weights.dim() == 1 || (weights.dim() == 2 && weights.size(1) > 0),
+          "weights must be [units, numbers of a unit]");
   require(layout.probes >= 1 && layout.probes <= kMaxProbes, "probes must be 1 to 32");
   require(tables.dim() == 2 && tables.size(1) == kTableColumns && tables.scalar_type() == ScalarType::Long &&
               tables.size(0) % layout.probes == 0,
@@ -176,7 +177,7 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
   if (offsets) call.offsets = torch::stable::contiguous(*offsets);
   if (sample_weights) call.sample_weights = torch::stable::contiguous(*sample_weights);
   call.num_units = weights.size(0);
-  call.unit = weights.size(1);
+  call.unit = weights.dim() == 1 ? 1 : weights.size(1);
   call.columns = columns;
   call.chunks = layout.chunks;
   call.index_map = layout.index_map;
@@ -202,6 +203,7 @@ inline Call make_backward_call(const Tensor& grad, const Tensor& weights, const 
                                const Tensor& tables, const Layout& layout, const std::string& features) {
   require(grad.dim() == 2 && grad.scalar_type() == weights.scalar_type() && same_device(grad, weights),
           "grad must be [B, columns], of the weights' dtype and on their device");
+  require(weights.dim() == 2, "weights must be [units, numbers of a unit]");
   return make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(1), layout, features);
 }
 

@@ -1,4 +1,8 @@
-"""id -> vector, in less memory: the grouped collection that the trainer uses, its backends and its optimizers.
+"""id -> vector, in less memory: drop-in modules, collections, the backends behind them, and their optimizers.
+
+One table each: HashedEmbeddingBag, HashedEmbedding, FastEmbedding, FastMultiEmbedding, BloomEmbedding, ScaledEmbedding,
+ZeroEmbedding, ScaledEmbeddingBag, QREmbeddingBag, MultiHashEmbedding. Of many tables: EmbeddingBags, which the trainer
+uses.
 
 Shapes: B batch, F features, D dim (embedding_dim), N ids of the batch, K probes of an id, S * Z numbers of a slab in
 units of Z.
@@ -10,9 +14,42 @@ from embeddings.collection import EmbeddingBags
 from embeddings.dense import Dense
 from embeddings.fast import Fast
 from embeddings.hashed import Hashed
+from embeddings.mixed_dimensions import mixed_dimensions
+from embeddings.modules import (
+    BloomEmbedding,
+    FastEmbedding,
+    FastMultiEmbedding,
+    HashedEmbedding,
+    HashedEmbeddingBag,
+    MultiHashEmbedding,
+    QREmbeddingBag,
+    ScaledEmbedding,
+    ScaledEmbeddingBag,
+    ZeroEmbedding,
+)
 from embeddings.qr import QR
 from embeddings.slab import Slab
 
-__all__ = ["QR", "Bloom", "Dense", "EmbeddingBags", "Fast", "Hashed", "Slab", "seed_of"]
+__all__ = [
+    "QR",
+    "Bloom",
+    "BloomEmbedding",
+    "Dense",
+    "EmbeddingBags",
+    "Fast",
+    "FastEmbedding",
+    "FastMultiEmbedding",
+    "Hashed",
+    "HashedEmbedding",
+    "HashedEmbeddingBag",
+    "MultiHashEmbedding",
+    "QREmbeddingBag",
+    "ScaledEmbedding",
+    "ScaledEmbeddingBag",
+    "Slab",
+    "ZeroEmbedding",
+    "mixed_dimensions",
+    "seed_of",
+]
 
 __version__ = "0.1.0"  # said here alone; pyproject.toml reads it without importing torch

@@ -77,6 +77,16 @@ class EmbeddingBags(nn.Module):
         for slab in self.slabs:
             slab.raise_noted()
 
+    def table_backends(self) -> dict[str, Backend]:
+        """Feature -> its backend."""
+        backends = {feature: backend for slab in self.slabs for feature, backend in slab.backends.items()}
+        return {feature: backends[feature] for feature in self._order}
+
+    def table_weights(self) -> dict[str, list[Tensor]]:
+        """Feature -> its slices of weights, [slots, width], as views: of a dense one its rows."""
+        slab_of = {feature: slab for slab in self.slabs for feature in slab.rows}
+        return {f: slab_of[f].arrangement.weights(slab_of[f].weight, f) for f in self._order}
+
     def num_bytes(self) -> int:
         """embedding_bytes: every parameter and every buffer that the embeddings keep."""
         return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])

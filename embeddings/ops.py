@@ -7,7 +7,7 @@
     torch.ops.embeddings.raise_noted                  wait for the device, raise what its kernels noted
 
 Arguments, in this order everywhere (Python, C++, CUDA):
-    weights [S, Z]     the slab: S * Z numbers, in units of Z; every table's width is a multiple of Z
+    weights [S, Z]     the slab: S * Z numbers, in units of Z; of which every width is a multiple; bag: or [S]
     ids [N]            int32 or int64, feature-major, of the whole batch
     offsets            int64 [features * B + 1], or None when every bag has one id
     per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
@@ -125,12 +125,13 @@ def _keep(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     weights, ids, offsets, per_sample_weights, tables = ctx.saved_tensors
     weights_grad = sample_weights_grad = None
+    shape, weights = weights.shape, weights.unsqueeze(1) if weights.dim() == 1 else weights
     if ctx.needs_input_grad[0]:
         slab = (grad, weights, ids, offsets, per_sample_weights, tables, *ctx.how)
         if ctx.accumulate == Accumulate.ROWS:
             units, values = torch.ops.embeddings.bag_backward_rows(*slab, ctx.features)
             weights_grad = torch.sparse_coo_tensor(
-                units[None], values, weights.shape, is_coalesced=True, check_invariants=False
+                units[None], values.view(-1, *shape[1:]), shape, is_coalesced=True, check_invariants=False
             )
         else:
             atomic = ctx.accumulate == Accumulate.ATOMIC
@@ -138,7 +139,7 @@ def _backward(ctx, grad: Tensor):
                 raise RuntimeError(
                     "accumulate=atomic does not repeat; with deterministic algorithms use sorted or rows"
                 )
-            weights_grad = torch.ops.embeddings.bag_backward(*slab, atomic, ctx.features)
+            weights_grad = torch.ops.embeddings.bag_backward(*slab, atomic, ctx.features).view(shape)
     if ctx.needs_input_grad[3]:
         sample_weights_grad = torch.ops.embeddings.bag_backward_sample_weights(
             grad, weights, ids, offsets, tables, *ctx.how, ctx.features

@@ -276,6 +276,7 @@ def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, 
     """Pooled vectors [B, columns]; an empty bag is zero."""
     *layout, _, features = layout_accumulate_features
     layout = Layout(*layout)
+    weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
     _check(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout, features)
     out = weights.new_empty(batch_size, columns)
     for batch in unroll(weights, ids, offsets, tables, batch_size, layout, features):

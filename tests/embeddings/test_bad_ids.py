@@ -24,6 +24,7 @@ from oracle import (
     WEIGHTED,
     Case,
     Table,
+    assert_same_bits,
     make_case,
 )
 
@@ -176,7 +177,7 @@ def broken(case: Case) -> dict[str, Case]:
         "too few offsets": case._replace(offsets=case.offsets[:-1]),
         "int weights": case._replace(weights=case.weights.int()),
         "complex weights": case._replace(weights=case.weights.cfloat()),
-        "1-D weights": case._replace(weights=case.weights.flatten()),
+        "3-D weights": case._replace(weights=case.weights[None]),
         "zero-width weights": case._replace(weights=case.weights[:, :0]),
         "too few units": case._replace(weights=case.weights[:10]),
         "float tables": case._replace(tables=case.tables.double()),
@@ -217,6 +218,16 @@ def test_arguments_of_wrong_type_or_length_are_refused(kernels, name, what):
     if name == "forward" or what != "negative columns":  # a gradient's columns are never negative
         message(case, kernels, name, grad)
     call(small_case(), kernels, name)
+
+
+def test_a_vector_of_weights_is_one_of_units_of_one_number_forward_alone(kernels, device):
+    case = small_case().to(device)
+    vector = case._replace(weights=case.weights.flatten())
+    assert_same_bits(vector.forward(kernels, SUM), case.forward(kernels, SUM))
+    grad = case.random_grad()
+    for backward in (vector.backward, vector.backward_rows, vector.backward_sample_weights):
+        with pytest.raises(RuntimeError, match="weights must be"):
+            backward(kernels, grad, SUM)
 
 
 def unfit_tables() -> dict[str, Case]:

@@ -1,7 +1,8 @@
 """What the systems that came before compute, where they are right; and that what they get wrong is right here.
 
 H: HashedEmbeddingBag and dlrm_ssm. F: FastEmbedding and FastMultiEmbedding. B: Spotlight's BloomEmbedding. Q: QR of
-facebookresearch/dlrm and DeepRec. D: what any trainer of theirs lacks. Their numbers are in oracles/: weights there are
+facebookresearch/dlrm and DeepRec. D: what any trainer of theirs lacks. Of their modules ours are the drop-in ones
+(`embeddings.modules`); docs/conformance.md lists all lines. Their numbers are in oracles/: weights there are
 dyadic rationals, so that sums and products are exact in float32 in any order and are compared with ==.
 """
 
@@ -51,6 +52,18 @@ from torch import nn
 
 from embeddings import Slab, index_map, native, optim
 from embeddings.bloom import MURMUR3_SEEDS
+from embeddings.mixed_dimensions import mixed_dimensions
+from embeddings.modules import (
+    BloomEmbedding,
+    FastEmbedding,
+    FastMultiEmbedding,
+    HashedEmbedding,
+    HashedEmbeddingBag,
+    MultiHashEmbedding,
+    QREmbeddingBag,
+    ScaledEmbeddingBag,
+    ZeroEmbedding,
+)
 from embeddings.ops import Pooling
 
 POOLING_NAMES = ["sum", "mean", "max"]
@@ -140,6 +153,22 @@ def test_h1_index_oracle_of_rows_0_to_15_edge_rows_and_all_1000(kernels, device)
         assert column > 128 or found[rows.index(row), column] == slot
 
 
+def test_h1_the_drop_in_modules_read_upstreams_indices(device):
+    numbers = torch.arange(1600.0)  # that are their own index
+    known = recorded("heb_hash")
+    for kind in (HashedEmbeddingBag, HashedEmbedding):
+        module = kind(1000, 16, compression=0.1, hash="affine")
+        assert module.weight_size == known["weight_size"] == 1600
+        module = kind(1000, 16, hash="affine", _weight=numbers, device=device)
+        found = module(torch.arange(1000, device=device)[:, None]).reshape(1000, 16).long().cpu()
+        assert found[:16].tolist() == known["index_rows0_15"]
+        digest = hashlib.sha256(found.numpy().astype("<i8").tobytes()).hexdigest()
+        assert digest == known["full_index_sha256_int64_le"]
+        edges = [(row, column, slot) for row, column, _, slot in known["edge_cases"] if column < 16]
+        for row, column, slot in edges:
+            assert module(torch.tensor([[row]], device=device)).flatten()[column] == slot
+
+
 @each_pooling
 def test_h2_bags_with_an_empty_middle_one_and_duplicates(kernels, device, pooling):
     known = recorded("heb_bag")
@@ -153,6 +182,44 @@ def test_h2_bags_with_an_empty_middle_one_and_duplicates(kernels, device, poolin
     for i, g in wanted["grad_weight_nonzero"].items():
         by_hand[int(i)] = g
     torch.testing.assert_close(grad, by_hand, **tolerance)
+
+
+@each_pooling_name
+def test_h2_the_drop_in_modules_bags_and_gradients(device, pooling):
+    known = recorded("heb_bag")
+    module = HashedEmbeddingBag(1000, 16, mode=pooling, hash="affine", _weight=dyadic(1600), device=device)
+    out = module(torch.tensor(known["indices"], device=device), torch.tensor(known["offsets"], device=device))
+    out.backward(grads(5, 16).to(device))
+    by_hand, wanted = torch.zeros(1600), known["modes"][pooling]
+    for i, g in wanted["grad_weight_nonzero"].items():
+        by_hand[int(i)] = g
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if pooling == "mean" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(out.cpu(), torch.tensor(wanted["output"]), **tolerance)
+    torch.testing.assert_close(module.hashed_weight.grad.cpu(), by_hand, **tolerance)
+
+
+BAG_MODULES = {
+    "dense": lambda **how: ScaledEmbeddingBag(50, 6, **how),
+    "hashed": lambda **how: HashedEmbeddingBag(50, 6, 0.5, **how),
+    "qr": lambda **how: QREmbeddingBag(50, 6, 4, **how),
+    "qr legacy": lambda **how: QREmbeddingBag(50, 6, 4, order="legacy", **how),
+}
+
+
+@each_pooling_name
+@pytest.mark.parametrize("padding_idx", [None, 7])
+@pytest.mark.parametrize("kind", BAG_MODULES)
+def test_h3_rows_of_ids_are_bags_of_regular_offsets(device, kind, padding_idx, pooling):
+    module = BAG_MODULES[kind](mode=pooling, padding_idx=padding_idx, device=device)
+    for size in (1, 3):
+        rows = (torch.arange(4 * size, device=device) * 7 % 50).view(4, size)
+        bags = rows.flatten(), torch.arange(0, 4 * size, size, device=device)
+        assert_same_bits(module(rows), module(*bags))
+        found, wanted = (
+            torch.autograd.grad(out.pow(2).sum(), list(module.parameters())) for out in (module(rows), module(*bags))
+        )
+        assert found[0].any()
+        assert_same_bits(found[0], wanted[0])
 
 
 @each_pooling
@@ -214,6 +281,13 @@ def test_h8_no_feature_is_without_weights(yaml):
     if yaml.stem not in ("dense", "fast"):
         with pytest.raises(ValueError, match="the smallest it can is"):
             backend.slots({"C1": 3})
+
+
+def test_h8_a_drop_in_module_of_three_ids_has_weights():
+    for module in (HashedEmbeddingBag(3, 16), HashedEmbedding(3, 16), BloomEmbedding(3, 16)):  # int(0.75) and int(0.6)
+        (weight,) = module.parameters()
+        assert weight.numel() == (16 if isinstance(module, BloomEmbedding) else 1)
+        assert module(torch.tensor([[1, 2]])).abs().sum() > 0
 
 
 @pytest.mark.cuda
@@ -375,6 +449,18 @@ def test_f1_upstreams_simple_backward(kernels, device):
         assert case.backward(kernels, grad.to(device), SUM).tolist() == wanted
 
 
+def test_f1_the_drop_in_modules_give_upstreams_simple_backward(device):
+    known = recorded("fast_multi_embedding")["upstream_test_simple_backward"]
+    weight = torch.arange(12.0).view(4, 3) * 10
+    for ids, wanted in zip(known["indices"], known["expected"], strict=True):
+        module, ids = FastEmbedding(4, 3, weight, device=device), torch.tensor(ids, device=device)
+        out = module(ids)
+        assert out.shape == (*ids.shape, 3) and out.cpu().equal(weight[ids.cpu()])
+        grad = torch.tensor([[i, 10 * i, 100 * i] for i in range(1, 6)], device=device).float()
+        out.backward(grad.view(5, *[1] * (ids.dim() - 1), 3).expand(out.shape))
+        assert module.weight.grad.tolist() == wanted
+
+
 def tables_of(sizes: list[int], dims: list[int]) -> list[Table]:
     """One dense table after another in one slab, their columns side by side."""
     begins = np.cumsum([0, *(n * d for n, d in zip(sizes, dims, strict=True))]).tolist()
@@ -466,12 +552,50 @@ def test_f7_tables_of_many_dims_equal_embeddings_side_by_side_and_store_no_paddi
     assert found.equal(by_hand)
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_f7_the_drop_in_module_takes_upstreams_weights_and_stores_no_padding(device, is_padded):
+    known = recorded("fast_multi_embedding")
+    sizes, dims, columns = known["sizes"], known["dims"], known["column_offsets"]
+    padded = dyadic(300, 14)
+    parts = [padded[:n, c : c + d] for n, d, c in zip(sizes, dims, columns, strict=False)]
+    flat = torch.cat([part.flatten() for part in parts]).view(-1, 2)
+    module = FastMultiEmbedding(sizes, dims, padded if is_padded else flat, device=device)
+    assert module.weight.numel() == flat.numel() == 100 * 2 + 200 * 4 + 300 * 8
+    assert all(x.cpu().equal(y) for x, y in zip(module.weights, parts, strict=True))
+    out = module(torch.tensor(known["input"], device=device))
+    assert out.tolist() == known["output"]
+    out.backward(grads(12, 14).to(device))
+    module.weight.data = module.weight.grad  # whose tables are then those of the gradient
+    found = torch.zeros(300, 14)
+    for part, n, d, c in zip(module.weights, sizes, dims, columns, strict=False):
+        found[:n, c : c + d] = part.cpu()
+    by_hand = torch.zeros(300, 14)
+    for row, column, value in known["grad_weight_nonzero"]:
+        by_hand[row, column] = value
+    assert found.equal(by_hand)
+
+
 def test_f8_an_id_of_a_larger_table_is_refused_in_a_smaller_one(kernels):
     sizes, dims = [100, 200, 300], [2, 4, 8]
     case = make_call(dyadic(100 * 2 + 200 * 4 + 300 * 8, 1), tables_of(sizes, dims), [0, 200, 299], index_map=PARTITION)
     for call in (case.forward, lambda *how: case.backward(kernels, case.random_grad(), SUM)):
         with pytest.raises(RuntimeError, match="feature C2, position 1 of the batch's ids, id 200, limit 200"):
             call(kernels, SUM)
+
+
+def test_f8_the_drop_in_module_refuses_an_id_of_the_table_beside():
+    module = FastMultiEmbedding([100, 200, 300], [2, 4, 8])
+    with pytest.raises(IndexError, match="feature table 1, position 3 of the batch's ids, id 200, limit 200"):
+        module(torch.tensor([[0, 0, 0], [99, 200, 299]]))
+
+
+def test_f9_ids_in_one_dimension_are_a_single_tables():
+    one, many = FastMultiEmbedding([100], [3]), FastMultiEmbedding([100, 200], [3, 4])
+    ids = torch.tensor([3, 99, 3])
+    assert_same_bits(one(ids), one.weight.view(100, 3)[ids])
+    assert_same_bits(one(ids), one(ids[:, None]))
+    with pytest.raises(ValueError, match=r"input has shape \[3\]: it must be \[B, 2\], a column per table"):
+        many(ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -508,6 +632,17 @@ def test_b1_the_rows_of_every_id_and_the_raw_hashes_of_all_24_seeds(kernels, dev
     assert hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest() == known["full_sha256_int64_le"]
 
 
+def test_b1_the_drop_in_module_reads_spotlights_rows(device):
+    known = recorded("spotlight_bloom")
+    module = BloomEmbedding(1000, 200, hash="murmur3", _weight=torch.eye(200), padding_idx=None, device=device)
+    found = module(torch.arange(1, 64, device=device)).cpu()  # [ids, rows]: how often each is read
+    wanted = torch.zeros(63, 200)
+    for counts, rows in zip(wanted, known["hashed_rows_ids0_63"][1:], strict=True):
+        counts.index_add_(0, torch.tensor(rows), torch.ones(4))
+    assert found.equal(wanted)
+    assert BloomEmbedding(1000, 8).compressed_num_embeddings == known["compressed"]
+
+
 def test_b2_a_negative_hash_is_reduced_as_python_does(kernels):
     seed = MURMUR3_SEEDS[0]
     hashes = [oracle.murmur3(id.to_bytes(4, "little"), seed) for id in range(1000)]
@@ -529,12 +664,68 @@ def test_b3_output_and_gradient(kernels, device):
     assert grad.equal(by_hand)
 
 
+@pytest.mark.parametrize("bag", [False, True])
+def test_b3_the_drop_in_module_gives_spotlights_output_and_gradient(device, bag):
+    known = recorded("spotlight_bloom")
+    weights = dyadic(200, 8)
+    weights[0] = 0  # Spotlight's padding row
+    module = BloomEmbedding(1000, 8, bag=bag, hash="murmur3", shapes="upstream", _weight=weights, device=device)
+    out = module(torch.arange(64, device=device))
+    assert out.shape == (64, 1, 8)
+    assert out[:, 0].tolist() == known["output_bag_false_ids0_63"]
+    out.backward(grads(64, 1, 8).to(device))
+    by_hand = torch.zeros(200, 8)
+    for row, values in known["grad_weight_nonzero_rows"].items():
+        by_hand[int(row)] = torch.tensor(values)
+    assert module.weight.grad.cpu().equal(by_hand)
+
+
 def test_b4_bags_are_sums_of_what_single_ids_give(kernels, device):
     known = torch.tensor(recorded("spotlight_bloom")["output_bag_true_ids0_63_right"])
     offsets = torch.tensor([0, 1, 1, 4, 40, 63])
     out = bloom_call(torch.arange(1, 64), dyadic(200, 8), offsets).to(device).forward(kernels, SUM).cpu()
     ids = [range(1 + a, 1 + b) for a, b in zip(offsets.tolist(), offsets.tolist()[1:], strict=False)]
     assert out.equal(torch.stack([known[list(bag)].sum(0) for bag in ids]))
+
+
+@pytest.mark.parametrize("hash", ["mixed", "murmur3"])
+@pytest.mark.parametrize("padding_idx", [0, 7, 999, -1])
+def test_b5_any_padding_is_zero_without_gradient_and_no_other_id_loses_a_row(device, hash, padding_idx):
+    how = dict(hash=hash, seed=3, _weight=dyadic(200, 8), device=device)
+    padded, plain = (
+        BloomEmbedding(1000, 8, padding_idx=padding_idx, **how),
+        BloomEmbedding(1000, 8, padding_idx=None, **how),
+    )
+    ids = torch.arange(1000, device=device)
+    is_padding = ids == padding_idx % 1000
+    out, wanted = padded(ids), plain(ids)
+    assert not out[is_padding].any() and wanted[is_padding].any()
+    assert out[~is_padding].equal(wanted[~is_padding])
+    out.sum().backward()
+    wanted[~is_padding].sum().backward()
+    assert padded.weight.grad.equal(plain.weight.grad)
+    padded.weight.grad = None
+    padded(ids[is_padding]).sum().backward()
+    assert not padded.weight.grad.any()
+
+
+@pytest.mark.parametrize("hash", ["mixed", "murmur3"])
+def test_b6_without_a_padding_every_id_has_its_rows(device, hash):
+    module = BloomEmbedding(1000, 8, hash=hash, padding_idx=None, device=device)
+    vectors = module(torch.arange(1000, device=device))
+    assert len(vectors.unique(dim=0)) == 1000 and vectors.any(1).all()
+
+
+def test_b7_vectors_have_the_shape_of_the_ids_and_spotlights_by_option():
+    ours, spotlights = (
+        BloomEmbedding(1000, 8, seed=3, shapes=shapes, _weight=dyadic(200, 8)) for shapes in ("torch", "upstream")
+    )
+    ids = torch.arange(24)
+    for shape in ((24,), (4, 6), (2, 3, 4), (0,), (0, 5)):
+        batch = ids[: int(np.prod(shape))].view(shape)
+        assert ours(batch).shape == (*shape, 8)
+        assert spotlights(batch).shape == ((*shape, 1, 8) if len(shape) == 1 else (*shape, 8))
+        assert_same_bits(spotlights(batch).flatten(), ours(batch).flatten())
 
 
 @pytest.mark.parametrize("hash", ["mixed", "murmur3"])
@@ -562,6 +753,34 @@ def test_b9_a_table_of_four_ids_has_a_row_or_is_refused(combine):
     bags = make_bags([backend] * 2, [4, 10_000])
     assert vectors(bags, 0, torch.arange(4)).isfinite().all()
     assert bags.slabs[0].tables[:, 5].min() >= 1
+
+
+@pytest.mark.parametrize("ratio, share", [(0.2, 0.65), (0.5, 0.55), (1, 0.45)])
+def test_b10_a_bloom_factorisation_learns_planted_ratings(ratio, share):
+    """Spotlight's test of its explicit model, 2 hashes at these ratios. share: of the error of the mean rating."""
+    generator = torch.Generator().manual_seed(0)
+    num_ids, num_ratings = (300, 200), 5000
+    users, items = (  # Zipf's, as in data
+        torch.multinomial(1 / torch.arange(1, n + 1) ** 1.5, num_ratings, True, generator=generator) for n in num_ids
+    )
+    tastes, films = (torch.randn(n, 2, generator=generator) for n in num_ids)
+    ratings = (3 + (tastes[users] * films[items]).sum(1)).clamp(1, 5)
+    torch.manual_seed(0)
+    how = dict(compression_ratio=ratio, num_hash_functions=2, padding_idx=None)
+    model = nn.ModuleList([*(BloomEmbedding(n, 8, **how) for n in num_ids), ZeroEmbedding(num_ids[1], 1)])
+
+    def error(rows: slice) -> torch.Tensor:
+        user, item, bias = model[0](users[rows]), model[1](items[rows]), model[2](items[rows])[:, 0]
+        return nn.functional.mse_loss(3 + (user * item).sum(1) + bias, ratings[rows])
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for step in range(160):
+        optimizer.zero_grad()
+        error(slice(step % 8 * 500, (step % 8 + 1) * 500)).backward()
+        optimizer.step()
+    unseen = slice(4000, None)
+    spread = (ratings[unseen] - ratings[:4000].mean()).pow(2).mean().sqrt()
+    assert error(unseen).sqrt() < share * spread
 
 
 def test_b11_the_mean_of_the_rows_is_by_option_and_the_sum_as_upstream():
@@ -596,6 +815,42 @@ def test_q1_every_id_and_its_gradients(operation, order):
     out.backward(grads(*out.shape))
     assert dense_grad(slab)[:25].tolist() == known["grad_weight_q"]
     assert dense_grad(slab)[25:].tolist() == known["grad_weight_r"]
+
+
+def facebooks_module(operation: str, device="cpu", **how) -> QREmbeddingBag:
+    weights = [dyadic(25, 4), dyadic(4, 4, mul=11, mod=31, off=15, den=16)]
+    return QREmbeddingBag(100, 4, 4, operation, _weight=weights, device=device, **how)
+
+
+@each_operation
+@pytest.mark.parametrize("order", ["compose", "legacy"])
+@each_pooling_name
+def test_q1_the_drop_in_module_gives_facebooks_vectors_and_gradients(device, operation, order, pooling):
+    known = recorded("qr_facebook")["ops"][operation]
+    module = facebooks_module(operation, device, order=order, mode=pooling)
+    out = module(torch.arange(100, device=device)[:, None])
+    assert out.tolist() == known["single_ids0_99"]
+    out.backward(grads(*out.shape).to(device))
+    module.weight.data = module.weight.grad  # whose tables are then those of the gradient
+    assert module.weight_q.tolist() == known["grad_weight_q"]
+    assert module.weight_r.tolist() == known["grad_weight_r"]
+
+
+@each_operation
+@each_pooling_name
+def test_q2_the_drop_in_module_pools_composed_vectors_and_facebooks_by_option(device, operation, pooling):
+    known = recorded("qr_facebook")
+    batch = torch.tensor(known["bag_indices"], device=device), torch.tensor(known["bag_offsets"], device=device)
+    legacy = facebooks_module(operation, device, mode=pooling, order="legacy")(*batch)
+    torch.testing.assert_close(
+        legacy.cpu(), torch.tensor(known["ops"][operation]["bags"][pooling]), rtol=1e-6, atol=1e-6
+    )
+    alone = torch.tensor(known["ops"][operation]["single_ids0_99"])
+    ours = facebooks_module(operation, device, mode=pooling)(*batch)
+    wanted = nn.functional.embedding_bag(batch[0].cpu(), alone, batch[1].cpu(), mode=pooling)
+    torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-6, atol=1e-6)
+    if pooling == "sum":
+        assert ours.tolist() == known["ops"][operation]["compose_per_id_then_sum"]
 
 
 @each_operation
@@ -647,6 +902,24 @@ def test_q3_sample_weights_are_linear_and_squared_only_in_facebooks_order(operat
     assert legacy.tolist() == known["ops"][operation]["bags_sum_per_sample_weights"]
     twice = look_up(facebooks(operation, "legacy"), ids, offsets, 2 * weights)
     assert twice.equal((4 if operation == "mult" else 2) * legacy)
+
+
+@each_operation
+def test_q3_the_drop_in_modules_sample_weights_are_linear_and_facebooks_by_option(device, operation):
+    known = recorded("qr_facebook")
+    batch = torch.tensor(known["bag_indices"], device=device), torch.tensor(known["bag_offsets"], device=device)
+    weights = torch.tensor(known["per_sample_weights"], device=device)
+    legacy = facebooks_module(operation, device, mode="sum", order="legacy")
+    assert legacy(*batch, weights).tolist() == known["ops"][operation]["bags_sum_per_sample_weights"]
+    ours = facebooks_module(operation, device, mode="sum")
+    alone = torch.tensor(known["ops"][operation]["single_ids0_99"])[known["bag_indices"]]
+    scaled = alone * weights.cpu()[:, None]
+    assert (
+        ours(*batch, weights)
+        .cpu()
+        .equal(torch.stack([scaled[i:j].sum(0) for i, j in ((0, 2), (2, 2), (2, 3), (3, 5))]))
+    )
+    assert ours(*batch, 2 * weights).equal(2 * ours(*batch, weights))
 
 
 def quotient_call(id: int, c: int, dtype=torch.int64) -> tuple[Case, int]:
@@ -715,6 +988,43 @@ def test_q6_too_few_pairs_are_refused_and_the_divisor_is_the_remainders_rows(ker
     assert facebooks("add").tables[:, 7].tolist() == [4, 1]
 
 
+@pytest.mark.parametrize(
+    "known", recorded("deeprec_multihash")["cases"], ids=lambda case: f"{case['rows_q']}x{case['rows_r']}"
+)
+def test_q6_deeprecs_variable_with_the_right_divisor_tells_all_ids_apart(device, known):
+    rows_q, rows_r = known["rows_q"], known["rows_r"]
+    numbers = [torch.arange(float(n))[:, None] for n in (rows_q, rows_r)]  # that are their own row
+    module = MultiHashEmbedding([[rows_q, 1], [rows_r, 1]], operation="concat", _weight=numbers, device=device)
+    assert module.num_embeddings == known["capacity"] == known["distinct_pairs_right"]
+    pairs = module(torch.arange(known["capacity"], device=device)).tolist()
+    assert pairs[: len(known["right"])] == known["right"]
+    assert len(set(map(tuple, pairs))) == known["capacity"]
+    with pytest.raises(IndexError, match=f"id {known['capacity']}, limit {known['capacity']}"):
+        MultiHashEmbedding([[rows_q, 1], [rows_r, 1]])(torch.tensor([known["capacity"]]))
+    with pytest.raises(ValueError, match=f"tell {known['capacity']} ids apart"):
+        MultiHashEmbedding([[rows_q, 1], [rows_r, 1]], num_embeddings=known["capacity"] + 1)
+
+
+def test_q6_deeprecs_test_sees_that_ids_1_and_4_differ():
+    known = recorded("deeprec_multihash")["test_ids"]
+    module = MultiHashEmbedding(known["dims"], operation="concat")
+    assert known["q"][1] == known["q"][3] and known["r"][1] == known["r"][3]  # there they share both rows
+    assert len(module(torch.tensor(known["ids"])).unique(dim=0)) == len(known["ids"])
+
+
+def test_q6_deeprecs_example_trains_as_its_readme_says():
+    known = recorded("deeprec_multihash")["readme_example"]
+    ones = [torch.ones(shape) for shape in known["dims"]]
+    module = MultiHashEmbedding(known["dims"], operation=known["operation"], _weight=ones)
+    optimizer = torch.optim.Adagrad(module.parameters(), lr=0.1, initial_accumulator_value=0.1, eps=0)
+    for wanted in known["weight_after_k_adagrad_steps"]:
+        out = module(torch.tensor(known["ids"]))
+        torch.testing.assert_close(out, torch.full((4, 4), wanted), rtol=1e-6, atol=0)
+        optimizer.zero_grad()
+        out.backward(torch.full_like(out, 2.0))
+        optimizer.step()
+
+
 @pytest.mark.parametrize("known", recorded("qr_facebook")["table_sizes"], ids=str)
 def test_q6_facebooks_tables_have_its_sizes(known):
     assert named("qr", collisions=known["c"]).slots({"C1": known["n"]}) == {"C1": (known["q"], known["r"])}
@@ -774,6 +1084,29 @@ def test_q11_gradients_of_touched_rows_are_sparse_and_train(changes):
         optimizer.step()
     assert slab.weight.grad._nnz() == 4  # two quotients and two remainders
     assert slab.weight.equal(full.weight) and not slab.weight.equal(slab_of(slab.backend, 5000).weight)
+
+
+@pytest.mark.parametrize(
+    "case", recorded("md_solver")["cases"], ids=lambda case: f"{case['alpha']}-{case['d0']}-{case['round_dim']}"
+)
+def test_q12_mixed_dimensions_are_facebooks_and_whole(case):
+    counts = recorded("md_solver")["criteo_kaggle_counts"]
+    dims = mixed_dimensions(counts, case["d0"], case["alpha"], power_of_two=case["round_dim"])
+    assert dims == case["dims"] and {type(dim) for dim in dims} == {int}
+
+
+def test_q12_tables_below_the_threshold_keep_their_dim_and_all_of_them_make_embeddings():
+    counts = recorded("md_solver")["criteo_kaggle_counts"]
+    dims = mixed_dimensions(counts, 16, 0.3, threshold=200)
+    assert all((dim == 16) == (n <= 200 or n == min(counts)) for n, dim in zip(counts, dims, strict=True))
+    sizes = [min(n, 1000) for n in counts]
+    vectors = FastMultiEmbedding(sizes, dims)(torch.tensor([[n - 1 for n in sizes]]))
+    assert vectors.shape == (1, sum(dims)) and vectors.all()
+    for wrong in ([], [3, 0]):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            mixed_dimensions(wrong, 16, 0.3)
+    with pytest.raises(ValueError, match="alpha=-1"):
+        mixed_dimensions([3], 16, -1)
 
 
 # --- D: what concerns every backend -----------------------------------------------------------------------------------
