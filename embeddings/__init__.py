@@ -2,7 +2,7 @@
 
 One table each: HashedEmbeddingBag, HashedEmbedding, FastEmbedding, FastMultiEmbedding, BloomEmbedding, ScaledEmbedding,
 ZeroEmbedding, ScaledEmbeddingBag, QREmbeddingBag, MultiHashEmbedding. Of many tables: EmbeddingBags, which the trainer
-uses.
+uses, and TorchRec's EmbeddingBagCollection and EmbeddingCollection.
 
 Shapes: B batch, F features, D dim (embedding_dim), N ids of the batch, K probes of an id, S * Z numbers of a slab in
 units of Z.
@@ -14,6 +14,16 @@ from embeddings.collection import EmbeddingBags
 from embeddings.dense import Dense
 from embeddings.fast import Fast
 from embeddings.hashed import Hashed
+from embeddings.jagged import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from embeddings.keyed import (
+    DataType,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    PoolingType,
+)
+from embeddings.loading import load_dense
 from embeddings.mixed_dimensions import mixed_dimensions
 from embeddings.modules import (
     BloomEmbedding,
@@ -34,20 +44,30 @@ __all__ = [
     "QR",
     "Bloom",
     "BloomEmbedding",
+    "DataType",
     "Dense",
+    "EmbeddingBagCollection",
+    "EmbeddingBagConfig",
     "EmbeddingBags",
+    "EmbeddingCollection",
+    "EmbeddingConfig",
     "Fast",
     "FastEmbedding",
     "FastMultiEmbedding",
     "Hashed",
     "HashedEmbedding",
     "HashedEmbeddingBag",
+    "JaggedTensor",
+    "KeyedJaggedTensor",
+    "KeyedTensor",
     "MultiHashEmbedding",
+    "PoolingType",
     "QREmbeddingBag",
     "ScaledEmbedding",
     "ScaledEmbeddingBag",
     "Slab",
     "ZeroEmbedding",
+    "load_dense",
     "mixed_dimensions",
     "seed_of",
 ]
