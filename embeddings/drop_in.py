@@ -208,9 +208,7 @@ class PerBag(OneTable):
         try:
             return self._look_up(*without(self.padding_idx, ids, offsets, weights), batch_size)
         except RuntimeError:
-            self._look_up(
-                ids, offsets, weights, batch_size
-            )  # says what is wrong with the batch where the caller has it
+            self._look_up(ids, offsets, weights, batch_size)  # names what is wrong by its place in the caller's batch
             raise
 
     def _offsets(self, input: Tensor, offsets: Tensor | None) -> Tensor:

@@ -1,5 +1,4 @@
-"""The drop-in modules are torch.nn.Embedding and torch.nn.EmbeddingBag: values, gradients, errors, and what goes with a
-module.
+"""The drop-in modules are torch.nn.Embedding and EmbeddingBag: values, gradients, errors, and what goes with a module.
 
 Dense modules are compared with torch's of the same weights. Of a compressed one the table is written out first, [N, D],
 from its parameter through autograd, by hashes in Python integers (`oracle`): so torch's gradient of the parameter
