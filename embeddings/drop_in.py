@@ -152,7 +152,7 @@ class OneTable(Tables):
         table = ({"table": value} for value in (backend, num_embeddings, slots))
         lookups = [Lookup(type(self).__name__, "table", 0)]
         super().__init__(Arrangement(*table, lookups, pooling=pooling_of(mode), seed=seed), weights, options)
-        self.num_embeddings, self.embedding_dim = num_embeddings, backend.embedding_dim
+        self.num_embeddings, self.embedding_dim, self.seed = num_embeddings, backend.embedding_dim, seed
 
     def extra_repr(self) -> str:
         where = {name: self if hasattr(self, name) else self.arrangement.backend for name in self.shown}

@@ -29,10 +29,24 @@ def _checked(name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+class _ByHash:
+    """Weights that mean something only to ids hashed as when they were trained."""
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, num_embeddings: int, embedding_dim: int, freeze: bool = True, **options
+    ) -> Self:
+        """A module of these weights; options: of the constructor. Raises ValueError for hash=mixed without the seed
+        that they were trained with (`module.seed`); a state_dict holds it."""
+        if options.get("hash", "mixed") == "mixed" and options.get("seed") is None:
+            raise ValueError("seed=None: with hash=mixed these weights need the seed they were trained with")
+        return cls(num_embeddings, embedding_dim, _weight=embeddings, **options).requires_grad_(not freeze)
+
+
 # --- hashed: HashedEmbeddingBag (2021) and dlrm_ssm, after HashedNets (Chen et al., ICML 2015) ------------------------
 
 
-class _Hashed:
+class _Hashed(_ByHash):
     """Weights `hashed_weight` [int(num_embeddings * embedding_dim * compression)], or those of `_weight`."""
 
     parameter_name = "hashed_weight"
@@ -57,13 +71,6 @@ class _Hashed:
             wanted = f"[S], S a multiple of block={backend.block}"
             raise ValueError(f"_weight has shape {list(weight.shape)}: it must be {wanted}")
         return backend, num_embeddings, (max(size // backend.block, 1),), weight, options
-
-    @classmethod
-    def from_pretrained(
-        cls, embeddings: Tensor, num_embeddings: int, embedding_dim: int, freeze: bool = True, **options
-    ) -> Self:
-        """A module of these hashed weights [S]; options: of the constructor."""
-        return cls(num_embeddings, embedding_dim, _weight=embeddings, **options).requires_grad_(not freeze)
 
 
 class HashedEmbeddingBag(_Hashed, PerBag):
@@ -295,7 +302,7 @@ class ScaledEmbeddingBag(_OwnRows, PerBag):
 # --- bloom: Spotlight's BloomEmbedding, after Serra and Karatzoglou (RecSys 2017) -------------------------------------
 
 
-class BloomEmbedding(PerId):
+class BloomEmbedding(_ByHash, PerId):
     """An id's vector is the sum of num_hash_functions rows of a table of int(compression_ratio * num_embeddings).
 
     No row is set aside for padding_idx, whose vector is zero. bag: accepted, it changes no result. combine=mean divides
@@ -340,13 +347,6 @@ class BloomEmbedding(PerId):
     def forward(self, input: Tensor) -> Tensor:
         vectors = super().forward(input)
         return vectors.unsqueeze(1) if self.shapes == "upstream" and input.dim() == 1 else vectors
-
-    @classmethod
-    def from_pretrained(
-        cls, embeddings: Tensor, num_embeddings: int, embedding_dim: int, freeze: bool = True, **options
-    ) -> Self:
-        """A module of these rows [rows, D]; options: of the constructor."""
-        return cls(num_embeddings, embedding_dim, _weight=embeddings, **options).requires_grad_(not freeze)
 
 
 # --- qr: facebookresearch/dlrm and DeepRec, after Shi et al. (KDD 2020) -----------------------------------------------

@@ -785,6 +785,17 @@ def test_a_module_is_frozen_by_torchs_argument(kind):
             assert module.weight.requires_grad == (not freeze)
 
 
+@pytest.mark.parametrize("kind", [HashedEmbedding, HashedEmbeddingBag, BloomEmbedding])
+def test_pretrained_weights_of_a_seeded_hash_need_its_seed(kind):
+    trained = kind(N, D, 0.5)
+    weights = next(trained.parameters()).detach()
+    with pytest.raises(ValueError, match="seed=None: with hash=mixed these weights need the seed"):
+        kind.from_pretrained(weights, N, D)
+    assert_same_bits(look_up(kind.from_pretrained(weights, N, D, seed=trained.seed)), look_up(trained))
+    theirs = "murmur3" if kind is BloomEmbedding else "affine"  # which has no seed of ours
+    assert kind.from_pretrained(weights, N, D, hash=theirs).arrangement.backend.hash == theirs
+
+
 @pytest.mark.parametrize("kind", [ScaledEmbedding, ZeroEmbedding, FastEmbedding, ScaledEmbeddingBag])
 def test_weights_of_another_shape_are_a_value_error_where_torch_asserts(kind):
     for wrong in (torch.zeros(N, D + 1), torch.zeros(N - 1, D), torch.zeros(N * D)):
