@@ -7,8 +7,9 @@ from embeddings.arrangement import Arrangement, Lookup, seed_of
 from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, spread
 from embeddings.ops import Accumulate, Pooling
 
-# what accumulate=auto goes by: below this share of touched units their rows alone are cheaper than a dense gradient;
-# above so many reads of a touched unit atomics queue (not yet measured on a GPU)
+# what accumulate=auto goes by: below this share of touched units their rows alone are cheaper than a dense gradient (on
+# a CPU up to 0.45 with SGD, 0.65 with Adagrad: benchmarks/accumulate.py; half of that, as batches vary); above so many
+# reads of a touched unit atomics queue (not yet measured on a GPU)
 SPARSE, CROWDED = 0.25, 8
 
 

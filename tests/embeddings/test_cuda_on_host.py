@@ -221,9 +221,11 @@ def unnoted(num_cases: int) -> list[str]:
         elif kind == "position":
             case.tables[: case.probes, POSITION] = rng.choice([-1, 4, 2**40, 2**63 - 1, -(2**63)])
         else:
-            num_ids = case.ids.numel()
-            bad = rng.choice([-1, 0, num_ids // 2, num_ids, num_ids + 1, 2**62, -(2**63)])  # or, rarely, a good one
-            case.offsets[rng.randrange(case.offsets.numel())] = bad
+            num_ids, last = case.ids.numel(), case.offsets.numel() - 1
+            place = rng.choice([0, last, rng.randint(0, last)])
+            neighbour = int(case.offsets[abs(place - 1)])  # of the first and the last: in order, but some ids uncovered
+            bad = [-1, 0, num_ids // 2, num_ids, num_ids + 1, 2**62, -(2**63), neighbour]  # or, rarely, a good one
+            case.offsets[place] = rng.choice(bad)
         for name, call in calls(case, pooling, grad).items():
             try:
                 call(host)
