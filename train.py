@@ -24,7 +24,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlrm import checkpoint
+from dlrm import checkpoint, jobs
 from dlrm.log import RunLog
 from dlrm.memory import format_bytes, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
@@ -40,8 +40,13 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, and the message below is ours
     # cached: hydra asks for the folder more than once, and must get the same one
     OmegaConf.register_new_resolver("unique_folder", unique_folder, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)
+    arguments = sys.argv[1:]
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("sweep=")]
     try:
-        check_folders(sys.argv[1:])
+        if named and named[-1] != "null":
+            return sweep(named[-1], arguments)
+        check_folders(arguments)
         run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,6 +62,22 @@ def main() -> int:
     return 2
 
 
+def sweep(name: str, given: list[str]) -> int:
+    """Run the missing jobs of conf/sweep/<name>.yaml, then the report. Returns 1 if any job is without a result."""
+    if not {"-m", "--multirun"} & set(given):
+        raise ConfigError(f"sweep={name} is many runs: python train.py -m sweep={name}")
+    from dlrm.sweep_report import report  # only here: it imports what training does not need
+
+    folder = jobs.sweep_folder(name, given)
+    grids, num_jobs = jobs.grids(name, given)
+    print(f"sweep {name}: {num_jobs} jobs in {folder}; the same command again runs only those without a result")
+    jobs.announce(folder, num_jobs)
+    for line in grids:
+        sys.argv = [sys.argv[0], *line, f"hydra.sweep.dir={folder}"]
+        run()
+    return report(folder)
+
+
 def unique_folder(path: str) -> str:
     """${unique_folder:PATH} in the config: creates the folder, with a suffix if it is taken."""
     return str(make_run_folder(path))
@@ -67,9 +88,10 @@ def run(composed) -> None:
     """One run, in the folder that hydra made for it."""
     config = OmegaConf.to_container(composed, resolve=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    if config.pop("sweep", None) is not None:
+        return run_job(config, folder)
     try:
-        summary = train(config, folder)
+        run_once(config, folder)
     except ConfigError:
         if not (folder / "metrics.jsonl").exists():  # nothing but the refused config: leave no folder behind
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
@@ -77,7 +99,29 @@ def run(composed) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    if summary["status"] == "interrupted":
+
+
+def run_job(config: dict, folder: Path) -> None:
+    """One job of a sweep: unless it has its result, or another process is at it. What stops it is kept in error.txt."""
+    with jobs.claim(folder) as is_ours:
+        if not is_ours:
+            print(f"{folder.name}: another process is at it")
+        elif jobs.is_completed(folder, config_hash(config)):
+            print(f"{folder.name}: has its result")
+        else:
+            jobs.set_aside(folder)
+            print(f"\n{jobs.progress(folder.parent)}: {folder.name}", flush=True)
+            try:
+                run_once(config, folder)
+            except Exception as error:  # the other jobs go on; the report names this one
+                (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
+                print(f"{folder.name} FAILED: {error}", file=sys.stderr)
+
+
+def run_once(config: dict, folder: Path) -> None:
+    """Train in a folder of its own."""
+    (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    if train(config, folder)["status"] == "interrupted":
         raise KeyboardInterrupt  # ends a sweep too
 
 

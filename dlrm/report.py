@@ -1,6 +1,10 @@
-"""What a person reads: tables for the terminal and for TensorBoard, and the warning that nothing was learned."""
+"""What a person reads: tables for the terminal and for TensorBoard, and the warning that nothing was learned.
+
+python -m dlrm.report FOLDER  writes the report of a sweep: `dlrm.sweep_report`.
+"""
 
 import math
+import sys
 
 from dlrm.memory import format_bytes
 
@@ -64,3 +68,9 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else str(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    from dlrm.sweep_report import main  # only here: it imports what training does not need
+
+    sys.exit(main())

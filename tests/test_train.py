@@ -1,5 +1,6 @@
 """The command line: what it makes, and what it refuses."""
 
+import csv
 import json
 import random
 import re
@@ -317,3 +318,83 @@ def test_misspelt_key_is_refused_by_the_real_process_with_status_2(tmp_path):
     )
     assert done.returncode == 2 and "did you mean compression?" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+# --- named sweeps ----------------------------------------------------------------------------------------------------
+
+THREE = [
+    "-m",
+    "sweep=pareto",
+    "seed=0",
+    "embedding=hashed",
+    "data.min_count=1",
+    "trainer.save_checkpoint=false",
+    *SMALL,
+]
+
+
+def results(folder: Path) -> list[dict]:
+    """The rows of a sweep's report, less its speed."""
+    rows = list(csv.DictReader((folder / "report.csv").open()))
+    return [{key: value for key, value in row.items() if key != "samples_per_second"} for row in rows]
+
+
+def test_a_named_sweep_runs_its_grids_reports_and_runs_again_only_what_is_missing(cli, tmp_path):
+    status, out, err = cli(*THREE, "compression=0.5")
+    assert status == 0, err
+    folder = tmp_path / "multirun/pareto"
+    first, folders = results(folder), sorted(path.parent for path in folder.glob("*/summary.json"))
+    assert len(first) == len(folders) == 3 and "job 3 of 3" in out and first[0]["configuration"] in out
+    when = [(path / "summary.json").stat().st_mtime_ns for path in folders]
+    (folders[1] / "summary.json").unlink()  # as a kill leaves it
+    status, out, err = cli(*THREE, "compression=0.5")
+    assert status == 0, err
+    assert out.count("has its result") == 2 and results(folder) == first
+    now = [(path / "summary.json").stat().st_mtime_ns for path in folders]
+    assert [a == b for a, b in zip(when, now, strict=True)] == [True, False, True]
+    assert (folders[1] / "attempt-1/metrics.jsonl").exists()
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails_names_it_and_ends_with_status_1(cli, tmp_path):
+    status, out, err = cli(*THREE, "compression=0.5,0.00001")
+    assert status == 1
+    assert len(results(tmp_path / "multirun/pareto")) == 3
+    assert "3 runs have no result" in out and "compression=1e-05" in out and "cannot reach it" in out
+    assert err.count("FAILED") == 3
+
+
+def test_a_sweeps_folder_with_the_result_of_another_configuration_is_refused_and_kept(cli, tmp_path):
+    assert cli(*THREE, "compression=0.5")[0] == 0
+    file = sorted((tmp_path / "multirun/pareto").glob("*/summary.json"))[0]
+    file.write_text(
+        file.read_text().replace(summary_of(file.parent)["config_hash"], "0" * 16)
+    )  # conf has changed since
+    kept = file.read_text()
+    status, _, err = cli(*THREE, "compression=0.5")
+    assert status == 2 and "has the result of another configuration" in err and "hydra.sweep.dir" in err
+    assert file.read_text() == kept
+
+
+def test_a_sweep_without_multirun_or_of_an_unknown_name_is_refused(cli, tmp_path):
+    status, _, err = cli("sweep=pareto")
+    assert status == 2 and "python train.py -m sweep=pareto" in err
+    status, _, err = cli("-m", "sweep=paret")
+    assert status == 2 and "sweep=paret: must be one of pareto - did you mean pareto?" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_gives_the_report_of_one_never_killed(cli, tmp_path):
+    arguments = [*THREE, "compression=0.5,0.2", "data.num_samples={train: 200000, valid: 1024, test: 1024}"]
+    status, _, err = cli(*arguments, "hydra.sweep.dir=whole")
+    assert status == 0, err
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "hydra.sweep.dir=killed"]
+    rng = random.Random(0)
+    for _ in range(10):
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(timeout=rng.uniform(2, 7))
+            except subprocess.TimeoutExpired:
+                process.kill()
+    subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")

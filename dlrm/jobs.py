@@ -1,0 +1,114 @@
+"""The jobs of a sweep: which command lines they are, and that each is done once, by one process, whatever is killed."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from itertools import count
+from math import prod
+from pathlib import Path
+
+import yaml
+
+from dlrm.log import write_json
+from dlrm.refusals import CONF, ConfigError, near, some
+
+
+def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
+    """The command lines, one per grid of conf/sweep/<name>.yaml, and how many jobs they are.
+
+    given: the user's command line, which replaces a grid's keys of the same name. Raises ConfigError for a wrong name.
+    """
+    file = CONF / "sweep" / f"{name}.yaml"
+    if not file.is_file():
+        allowed = sorted(path.stem for path in file.parent.glob("*.yaml"))
+        raise ConfigError(f"sweep={name}: must be one of {some(allowed)}" + near(name, allowed))
+    taken = {_key(argument) for argument in given}
+    lines, num_jobs = [], 0
+    for grid in yaml.safe_load(file.read_text())["grids"]:
+        own = {key: str(value) for key, value in grid.items() if key not in taken}
+        if (line := [*given, *(f"{key}={value}" for key, value in own.items())]) not in lines:
+            lines.append(line)
+            values = [*own.values(), *(a.partition("=")[2] for a in given)]
+            num_jobs += prod(len(value.split(",")) for value in values if not re.search(r"[\[{(]", value))
+    return lines, num_jobs
+
+
+def sweep_folder(name: str, given: list[str]) -> Path:
+    """Where a sweep's jobs are: hydra.sweep.dir, or multirun/<name>, so that the same command finds them again."""
+    said = [argument.partition("=")[2] for argument in given if _key(argument) == "hydra.sweep.dir"]
+    return Path(said[-1] if said else f"multirun/{name}")
+
+
+def job_folder(sweep: object, number: int, overrides: str) -> str:
+    """A job's folder in that of its sweep: its number; of a named sweep its overrides, the same in every process.
+
+    Of those only what every file system takes, and not too long a name."""
+    if sweep is None:
+        return str(number)
+    name = re.sub(r"[^\w.=+,@-]+", "_", ",".join(o for o in overrides.split(",") if not o.startswith("sweep=")))
+    return name if len(name) <= 150 else f"{name[:120]}-{hashlib.sha256(overrides.encode()).hexdigest()[:16]}"
+
+
+def announce(folder: Path, num_jobs: int) -> None:
+    """Note in a sweep's folder what `progress` needs, as its jobs may run in other processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sweep.json", {"jobs": num_jobs, "began": time.time(), "had": _num_results(folder)})
+
+
+def progress(folder: Path) -> str:
+    """Which job of the sweep in a folder comes now, and about how long all that are left take."""
+    sweep, done = json.loads((folder / "sweep.json").read_text()), _num_results(folder)
+    line = f"job {done + 1} of {sweep['jobs']}"
+    if new := done - sweep["had"]:
+        line += f", about {(time.time() - sweep['began']) / new * (sweep['jobs'] - done) / 60:.0f} min left"
+    return line
+
+
+def _num_results(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*/summary.json"))
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Whether this process may do the job of a folder, and no other meanwhile; a dead process's claim ends with it."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def is_completed(folder: Path, config_hash: str) -> bool:
+    """Whether a folder has the result of this configuration. Raises ConfigError if it has another one's."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        summary = json.loads((folder / "summary.json").read_text())
+        if summary["status"] == "completed":
+            if summary["config_hash"] != config_hash:
+                raise ConfigError(
+                    f"{folder} has the result of another configuration (its resolved.yaml says which): "
+                    "name another hydra.sweep.dir"
+                )
+            return True
+    return False
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an attempt left that has no result into attempt-N: nothing is deleted."""
+    left = [path for path in folder.iterdir() if not path.name.startswith((".hydra", "lock", "attempt-"))]
+    if left:
+        for number in count(1):
+            with contextlib.suppress(FileExistsError):
+                (aside := folder / f"attempt-{number}").mkdir()
+                break
+        for path in left:
+            path.rename(aside / path.name)
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("+~").partition("=")[0]

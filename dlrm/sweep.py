@@ -1,0 +1,117 @@
+"""The runs below a folder, read back: what each was, how it ended, and what runs that differ only in their seed say."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from dlrm.statistics import Interval, interval, paired
+
+UNSAID = ("seed", "sweep", "hydra", "data.path", "data.cache", "device", "native")  # they name no configuration
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. status: completed, or why there is no result; summary: of a completed run."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    seed: int
+    status: str
+    summary: dict
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it was started with, less its seed and where things lie."""
+        named = (o.lstrip("+").replace("\\", "") for o in self.overrides)
+        return tuple(o for o in named if _key(o).split(".")[0] not in UNSAID and _key(o) not in UNSAID)
+
+
+@dataclass
+class Configuration:
+    """Completed runs that differ only in their seed."""
+
+    label: str
+    runs: list[Run] = field(default_factory=list)
+
+    def by_seed(self, tag: str) -> dict[int, float]:
+        """Seed -> the last value of a tag, where there is one."""
+        values = {run.seed: run.summary["last"].get(tag) for run in self.runs}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def interval(self, tag: str) -> Interval | None:
+        values = list(self.by_seed(tag).values())
+        return interval(values) if values else None
+
+    def against(self, other: "Configuration", tag: str) -> Interval | None:
+        """The paired difference of a tag, this less the other's."""
+        return paired(self.by_seed(tag), other.by_seed(tag))
+
+    @property
+    def num_bytes(self) -> float:
+        """embedding_bytes: every parameter and buffer that the embeddings keep; the mean over runs."""
+        sizes = [run.summary["last"]["memory/embedding_bytes"] for run in self.runs]
+        return sum(sizes) / len(sizes)
+
+    @property
+    def dense_equivalent_bytes(self) -> int:
+        """Bytes of one row per id, of the ids that the data kept."""
+        return self.runs[0].summary["dense_equivalent_bytes"]
+
+    @property
+    def samples_per_second(self) -> float:
+        speeds = sorted(run.summary["samples_per_second"] for run in self.runs)
+        return speeds[len(speeds) // 2]
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every run at or below a folder, by path; those that failed or never ended included.
+
+    Raises ValueError if there is none.
+    """
+    files = sorted(Path(folder).rglob(".hydra/overrides.yaml"))
+    if not files:
+        raise ValueError(f"{folder} holds no run: a run's folder has .hydra/overrides.yaml")
+    return [_read(file.parent.parent, tuple(yaml.safe_load(file.read_text()) or ())) for file in files]
+
+
+def shared_words(runs: list[Run]) -> tuple[str, ...]:
+    """What all runs were started with, if they are several configurations: it does not tell them apart."""
+    if len({run.words for run in runs}) < 2:
+        return ()
+    return tuple(word for word in runs[0].words if all(word in run.words for run in runs))
+
+
+def configurations(runs: list[Run]) -> list[Configuration]:
+    """The completed runs by what they were, less what all were, in the order of their first."""
+    found: dict[str, Configuration] = {}
+    shared = shared_words(runs)
+    for run in runs:
+        if run.status == "completed":
+            label = " ".join(word for word in run.words if word not in shared) or "(default)"
+            found.setdefault(label, Configuration(label)).runs.append(run)
+    return list(found.values())
+
+
+def front(points: list[tuple[float, float]]) -> list[bool]:
+    """Which points (bytes, AUC) no other one beats: fewer bytes and at least the AUC, or as many and more AUC."""
+    return [not any(b <= size and a >= auc and (b, a) != (size, auc) for b, a in points) for size, auc in points]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def _read(folder: Path, overrides: tuple[str, ...]) -> Run:
+    said = {_key(o): o.split("=", 1)[1] for o in overrides if "=" in o}
+    seed = said.get("seed", "0")
+    run = dict(folder=folder, overrides=overrides, seed=int(seed) if seed.isdigit() else 0)
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except FileNotFoundError:
+        error = folder / "error.txt"
+        return Run(**run, status=f"failed: {error.read_text().strip()}" if error.exists() else "unfinished", summary={})
+    except json.JSONDecodeError as error:
+        return Run(**run, status=f"summary.json cannot be read: {error}", summary={})
+    return Run(**run | {"seed": summary.get("seed", run["seed"])}, status=summary["status"], summary=summary)

@@ -1,0 +1,144 @@
+"""The report of a sweep: a table, a picture and what is missing.  python -m dlrm.report FOLDER
+
+Writes into FOLDER report.md, report.csv, pareto.png and pareto.html (one file, no network needed).
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from dlrm.memory import MIB
+from dlrm.pareto import TAG, draw_html, draw_png, on_front
+from dlrm.report import markdown_table
+from dlrm.sweep import Configuration, Run, configurations, read_runs, shared_words
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, or 1 if any run below the folder has no result."""
+    parser = argparse.ArgumentParser(prog="python -m dlrm.report", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of a run, of a sweep, or of several")
+    parser.add_argument("--baseline", help="configuration to compare with; else dense, or the one with most bytes")
+    options = parser.parse_args(arguments)
+    try:
+        return report(options.folder, options.baseline)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def report(folder: Path, baseline: str | None = None) -> int:
+    """Write and print a folder's report; returns the number of runs without a result, at most 1.
+
+    Raises ValueError if there is no run, or none called like the baseline.
+    """
+    runs = read_runs(folder)
+    measured = sorted(
+        (one for one in configurations(runs) if one.interval(TAG) is not None), key=lambda one: -one.num_bytes
+    )
+    without = [run for run in runs if run.status != "completed" or run.summary["last"].get(TAG) is None]
+    text = _missing(without, folder)
+    if measured:
+        compared_with = _baseline(measured, baseline)
+        verdicts = {one.label: verdict(one, compared_with) for one in measured}
+        rows = [_row(one, compared_with, verdicts, on_front(measured)) for one in measured]
+        with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        draw_png(measured, folder / "pareto.png")
+        draw_html(measured, folder / "pareto.html", verdicts)
+        text = f"{markdown_table([_shown(row) for row in rows])}\n\n{_legend(runs, measured, compared_with)}{text}"
+    (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if measured:
+        print(f"\n{folder}/report.md, report.csv, pareto.png, pareto.html")
+    return min(len(without), 1)
+
+
+def verdict(one: Configuration, other: Configuration) -> str:
+    """Whether a difference is more than noise: by the paired difference over the seeds that both have."""
+    difference = one.against(other, TAG)
+    if one is other:
+        return "baseline"
+    if difference is None or difference.half is None:
+        return "not comparable: fewer than two seeds in common"
+    if not difference.differs_from_zero:
+        return "same within noise"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def _baseline(measured: list[Configuration], label: str | None) -> Configuration:
+    if label is not None:
+        named = [one for one in measured if one.label == label]
+        if not named:
+            raise ValueError(f"baseline {label!r}: the configurations are {'; '.join(one.label for one in measured)}")
+        return named[0]
+    dense = [one for one in measured if {"embedding=dense", "method=dense"} & set(one.label.split())]
+    return max(dense or measured, key=lambda one: one.num_bytes)
+
+
+def _row(one: Configuration, other: Configuration, verdicts: dict[str, str], edge: list[Configuration]) -> dict:
+    auc, loss, difference = one.interval(TAG), one.interval("test/log_loss"), one.against(other, TAG)
+    return {
+        "configuration": one.label,
+        "test_auc": auc.mean,
+        "test_auc_half": auc.half,
+        "test_log_loss": None if loss is None else loss.mean,
+        "test_log_loss_half": None if loss is None else loss.half,
+        "embedding_bytes": one.num_bytes,
+        "of_dense": one.num_bytes / other.dense_equivalent_bytes,
+        "difference": None if difference is None else difference.mean,
+        "difference_half": None if difference is None else difference.half,
+        "verdict": verdicts[one.label],
+        "on_front": one in edge,
+        "samples_per_second": one.samples_per_second,
+        "seeds": len(one.runs),
+    }
+
+
+def _shown(row: dict) -> dict:
+    """A row for people."""
+
+    def spread(name: str, sign: str = "") -> str:
+        mean, half = row[name], row[f"{name}_half"]
+        return "" if mean is None else f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+    is_baseline = row["verdict"] == "baseline"
+    return {
+        "configuration": f"`{row['configuration']}`",
+        "test AUC": spread("test_auc"),
+        "log loss": spread("test_log_loss"),
+        "MiB": f"{row['embedding_bytes'] / MIB:.2f}",
+        "of dense": f"{row['of_dense']:.3f}",
+        "AUC less baseline's": "" if is_baseline else spread("difference", "+"),
+        "verdict": row["verdict"],
+        "front": "*" if row["on_front"] else "",
+        "samples/s": f"{row['samples_per_second']:,.0f}",
+        "seeds": row["seeds"],
+    }
+
+
+def _legend(runs: list[Run], measured: list[Configuration], compared_with: Configuration) -> str:
+    summaries = [run.summary for one in measured for run in one.runs]
+    facts = {name: sorted({str(summary.get(name)) for summary in summaries}) for name in ("git_commit", "torch")}
+    facts["data"] = sorted({run.summary["data"] for run in compared_with.runs})
+    if shared := shared_words(runs):
+        facts["all with"] = [" ".join(shared)]
+    return (
+        "Mean and 95 % interval over seeds (Student, 1908); differences are paired by seed, with "
+        f"`{compared_with.label}`. MiB: everything the embeddings keep; of dense: of the baseline's rows.\n"
+        "Front: no other configuration has at least this AUC in fewer bytes.\n"
+        + "".join(f"{name}: {', '.join(values)}\n" for name, values in facts.items())
+    )
+
+
+def _missing(without: list[Run], folder: Path) -> str:
+    if not without:
+        return ""
+    lines = [f"  {run.folder.relative_to(folder)} [{' '.join(run.overrides)}]: {_why(run)}" for run in without]
+    return f"\n{len(without)} runs have no result:\n" + "\n".join(lines)
+
+
+def _why(run: Run) -> str:
+    return run.status if run.status != "completed" else run.summary["reasons"].get(TAG, "no test AUC")
