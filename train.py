@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlrm import checkpoint, jobs
 from dlrm.log import RunLog
-from dlrm.memory import format_bytes, reset_peak
+from dlrm.memory import Needs, format_bytes, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
 from dlrm.run_folder import config_hash, git_commit, make_run_folder
 from dlrm.settings import TrainerSettings
@@ -149,11 +149,14 @@ def train(config: dict, folder: Path) -> dict:
         dataset.prepare(backends.take_any_id(dataset.feature_names))
         chosen = backends.choose(dataset.cardinalities)
         dataset.prepare({feature for feature, backend in chosen.items() if not backend.ranged})
-        bags = EmbeddingBags(chosen, dataset.cardinalities, pooling=config["pooling"], seed=config["seed"])
+        how = {"pooling": config["pooling"], "seed": config["seed"]}
+        planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
+        print_plan(dataset, planned, needs(planned, make_embedding, settings.batch_size))
+        bags = EmbeddingBags(chosen, dataset.cardinalities, **how)
         torch.manual_seed(seed_of(config["seed"], "model"))
         model = make_model(bags, len(dataset.dense_names)).to(config["device"])
         log = RunLog(folder, facts=facts(config), hparams=hparams(config))
-    print_plan(dataset, bags)
+    say_what_is_replaced(bags)
     trainer = Trainer(
         model,
         dataset,
@@ -266,19 +269,23 @@ def check_root(config: dict) -> None:
         )
 
 
-def print_plan(dataset, bags: EmbeddingBags) -> None:
-    """Which data, and what the embeddings take, before the first step."""
+def print_plan(dataset, bags: EmbeddingBags, needed: Needs) -> None:
+    """Which data, and what the embeddings will take, before any of it is allocated."""
     counts = Counter(row["backend"] for row in bags.feature_table())
     kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"data: {dataset.describe()}")
+    print(
+        f"embeddings: features {kinds}, in {len(bags.slabs)} slabs; {format_bytes(bags.num_bytes())}, "
+        f"all dense {format_bytes(bags.dense_equivalent_bytes())}"
+    )
+    print(needed, flush=True)
+
+
+def say_what_is_replaced(bags: EmbeddingBags) -> None:
+    """One line if something else runs than the config says."""
     on_cpu = [slab.backend for slab in bags.slabs if not slab.weight.is_cuda]
     if atomic := sorted({backend.name for backend in on_cpu if backend.accumulate == "atomic"}):
         print(f"{', '.join(atomic)}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)")
-    print(
-        f"embeddings: features {kinds}, in {len(bags.slabs)} slabs; {format_bytes(bags.num_bytes())}, "
-        f"all dense {format_bytes(bags.dense_equivalent_bytes())}",
-        flush=True,
-    )
 
 
 def facts(config: dict) -> dict:

@@ -1,7 +1,9 @@
 """Memory as numbers: what is counted (tensors) and what is measured (the process's or the GPU's peak)."""
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +41,39 @@ def peak_bytes(device: torch.device | str) -> int:
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor in the optimizer's state."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return tensor_bytes(value for value in values if torch.is_tensor(value))
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def gradient_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of the gradients that parameters have now; of a sparse one its indices and values."""
+    grads = (parameter.grad for parameter in parameters if parameter.grad is not None)
+    return tensor_bytes(part for g in grads for part in ((g._indices(), g._values()) if g.is_sparse else (g,)))
+
+
+class Needs(NamedTuple):
+    """Bytes that training embeddings takes."""
+
+    embeddings: int  # weights, and tables of slices and seeds
+    optimizer: int  # the state of their optimizer
+    gradients: int  # the most of a step, with one id per bag
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in self._asdict().items())
+        return f"embeddings need {format_bytes(sum(self))}: {parts}"
+
+
+def needs(embeddings: torch.nn.Module, make_optimizer: Callable, batch_size: int) -> Needs:
+    """What training will hold of embeddings that are on the meta device, so before it holds anything."""
+    optimizer = make_optimizer(embeddings.parameters())
+    for parameter in embeddings.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # on meta: of shapes alone
+    return Needs(embeddings.num_bytes(), optimizer_bytes(optimizer), embeddings.gradient_bytes(batch_size))
 
 
 def format_bytes(num_bytes: int) -> str:

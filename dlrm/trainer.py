@@ -61,6 +61,7 @@ class Trainer:
         # of this process: samples trained on, seconds of training and of evaluation, the losses not yet logged
         self.num_samples, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
         self.loss_sum, self.num_losses = torch.zeros((), device=settings.device), 0
+        self.gradient_bytes = 0  # the most that a step's gradients of the embeddings took
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
         self.has_warned = False
         self.interrupt, self.progress = Interrupt(), None
@@ -159,6 +160,7 @@ class Trainer:
         if not loss.is_cuda:  # there a look would wait for the device: see _add_training
             self._check_finite(loss, batch)
         loss.backward()
+        self.gradient_bytes = max(self.gradient_bytes, memory.gradient_bytes(self.model.embeddings.parameters()))
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
@@ -245,6 +247,8 @@ class Trainer:
             "embedding_bytes": embeddings.num_bytes(),
             "state_bytes": embeddings.state_bytes(),
             "optimizer_bytes": sum(map(memory.optimizer_bytes, self.saved.values())),
+            "gradient_bytes": self.gradient_bytes,
+            "serving_bytes": memory.tensor_bytes(self.model.state_dict().values()),
             "peak_bytes": memory.peak_bytes(self.settings.device),
             "compression": embeddings.num_bytes() / embeddings.dense_equivalent_bytes(),
         }
@@ -259,7 +263,8 @@ class Trainer:
         except OSError as error:
             self._say(NOT_SAVED.format(error=error))
             return {"checkpoint_error": str(error)}
-        return {"checkpoint": str(path)}
+        files = [file.stat().st_size for file in path.iterdir()]
+        return {"checkpoint": str(path), "checkpoint_bytes": sum(files)}
 
     def _facts(self) -> dict:
         """What summary.json says beside the tags, as of now."""

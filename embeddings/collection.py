@@ -13,11 +13,20 @@ class EmbeddingBags(nn.Module):
     """ids of F features -> vectors [B, F, D]. Features whose backends are equal share a `Slab`.
 
     backends, rows: feature -> its backend, and its num_embeddings; in the order of the batch.
-    pooling: sum | mean | max, of a bag's vectors (an empty bag is zero). seed: of weights and hashes.
+    pooling: sum | mean | max, of a bag's vectors (an empty bag is zero). seed: of weights and hashes. device: "meta"
+    counts bytes and holds none.
     Raises ValueError if the features differ, or the backends' dims do, or a ratio cannot be reached.
     """
 
-    def __init__(self, backends: dict[str, Backend], rows: dict[str, int], *, pooling: str, seed: int) -> None:
+    def __init__(
+        self,
+        backends: dict[str, Backend],
+        rows: dict[str, int],
+        *,
+        pooling: str,
+        seed: int,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         if list(backends) != list(rows):
             raise ValueError(f"backends name {list(backends)}, rows name {list(rows)}")
@@ -45,13 +54,14 @@ class EmbeddingBags(nn.Module):
                 [Lookup(feature, feature, order.index(feature)) for feature in features],
                 pooling=Pooling[pooling.upper()],
                 seed=seed,
+                device=device,
             )
             for features in members.values()
         )
         by_slab = torch.tensor([order.index(feature) for slab in self.slabs for feature in slab.rows])
         in_order = by_slab.equal(torch.arange(self.num_features))
         # feature f of the batch is row _where[f] of the slabs' concatenated outputs
-        self.register_buffer("_where", None if in_order else by_slab.argsort())
+        self.register_buffer("_where", None if in_order else by_slab.argsort().to(device))
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pooled vectors [B, F, D], in the features' order.
@@ -90,6 +100,10 @@ class EmbeddingBags(nn.Module):
     def num_bytes(self) -> int:
         """embedding_bytes: every parameter and every buffer that the embeddings keep."""
         return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])
+
+    def gradient_bytes(self, batch_size: int) -> int:
+        """The most that one step's gradients of the weights take, in a batch of one id per bag."""
+        return sum(slab.gradient_bytes(batch_size) for slab in self.slabs)
 
     def state_bytes(self) -> int:
         """The bytes kept per id beside the weights (hash caches, pointers, dictionaries): these backends keep none."""

@@ -11,6 +11,7 @@ from embeddings.ops import Accumulate, Pooling
 # a CPU up to 0.45 with SGD, 0.65 with Adagrad: benchmarks/accumulate.py; half of that, as batches vary); above so many
 # reads of a touched unit atomics queue (not yet measured on a GPU)
 SPARSE, CROWDED = 0.25, 8
+INDEX_BYTES = 8  # int64, of a touched unit in a sparse gradient
 
 
 class Slab(nn.Module):
@@ -90,6 +91,14 @@ class Slab(nn.Module):
         crowded = num_reads > CROWDED * units.numel()
         repeats = crowded or not self.weight.is_cuda or torch.are_deterministic_algorithms_enabled()
         return Accumulate.SORTED if repeats else Accumulate.ATOMIC
+
+    def gradient_bytes(self, batch_size: int) -> int:
+        """The most that one step's gradient of `weight` takes, in a batch of one id per bag."""
+        num_units, unit = self.weight.shape
+        if self._accumulate == Accumulate.ROWS:  # the units that ids may touch, and a number for each
+            reads = sum(dim for _, _, dim, *_ in self.arrangement.tables) // unit * batch_size
+            return min(num_units, reads) * (unit * self.weight.element_size() + INDEX_BYTES)
+        return self.weight.numel() * self.weight.element_size()
 
     def raise_noted(self) -> None:
         """Wait for the device and raise RuntimeError if its kernels met a bad id; the CPU raises at once."""

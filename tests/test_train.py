@@ -320,6 +320,42 @@ def test_misspelt_key_is_refused_by_the_real_process_with_status_2(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+# --- the memory ledger -----------------------------------------------------------------------------------------------
+
+OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf/optimizer/embedding").glob("*.yaml"))
+
+
+def mib(text: str, name: str) -> float:
+    return float(re.search(rf"{name} ([\d.,]+) MiB", text).group(1).replace(",", ""))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_a_run_says_it_needs_before_it_allocates_is_what_it_holds(name, optimizer, cli, tmp_path):
+    accumulate = "sorted" if name in ("hashed", "fast") else "rows"
+    choice = [f"embedding={name}", f"optimizer/embedding={optimizer}", f"embedding.accumulate={accumulate}"]
+    large = ["data.cardinalities=[50, 20000, 30000]", "compression=0.5"]
+    status, out, err = cli(*choice, *SMALL, *large, "optimizer/dense=sgd")
+    assert status == 0, err
+    (said,) = (line for line in out.splitlines() if line.startswith("embeddings need"))
+    summary = summary_of(next((tmp_path / "runs").glob("*/*")))
+    held = {key: summary["last"][f"memory/{key}_bytes"] / 2**20 for key in ("embedding", "optimizer", "gradient")}
+    assert mib(said, "embeddings") == pytest.approx(held["embedding"], abs=0.0051, rel=0.005)
+    assert mib(said, "optimizer") == pytest.approx(held["optimizer"], abs=0.0051, rel=0.005)
+    assert mib(said, "need") == pytest.approx(
+        sum(mib(said, key) for key in ("embeddings", "optimizer", "gradients")), abs=0.011, rel=0.005
+    )
+    if accumulate == "sorted":
+        assert mib(said, "gradients") == pytest.approx(held["gradient"], abs=0.0051, rel=0.005)
+    else:  # ids repeat in a batch, so it touches fewer
+        assert 0.1 * mib(said, "gradients") < held["gradient"] <= mib(said, "gradients") + 0.0051
+    serving, saved = summary["last"]["memory/serving_bytes"], summary["checkpoint_bytes"]
+    tensors = serving + summary["last"]["memory/optimizer_bytes"]
+    assert (
+        serving > summary["last"]["memory/embedding_bytes"] and 0 <= saved - tensors < 20_000
+    )  # headers, the manifest
+
+
 # --- named sweeps ----------------------------------------------------------------------------------------------------
 
 THREE = [

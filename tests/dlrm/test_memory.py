@@ -33,3 +33,10 @@ def test_format_bytes_is_in_units_of_1024_squared():
         "25.0 MiB",
         "2,000 MiB",
     ]
+
+
+def test_gradient_bytes_counts_indices_and_values_of_sparse_gradients():
+    dense, sparse, none = (torch.nn.Parameter(torch.zeros(10, 4)) for _ in range(3))
+    dense.grad = torch.ones(10, 4)
+    sparse.grad = torch.sparse_coo_tensor([[1, 7, 8]], torch.ones(3, 4), (10, 4), check_invariants=True)
+    assert memory.gradient_bytes([dense, sparse, none]) == 10 * 4 * 4 + 3 * (8 + 4 * 4)
