@@ -33,7 +33,7 @@ def on_front(configurations: Sequence[Configuration]) -> list[Configuration]:
 def draw_png(configurations: Sequence[Configuration], path: Path) -> None:
     """Mean test AUC and its 95 % interval against MiB of the embeddings, log scale; the front as a band behind."""
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 6), layout="constrained")
+        figure = Figure(figsize=(10, 6.5), layout="constrained")
         axes = figure.subplots()
         edge = on_front(configurations)
         axes.plot(*_line(edge), color="0.85", linewidth=9, solid_capstyle="round", zorder=0, label="front")
