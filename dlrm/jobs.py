@@ -26,7 +26,7 @@ def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
     if not file.is_file():
         allowed = sorted(path.stem for path in file.parent.glob("*.yaml"))
         raise ConfigError(f"sweep={name}: must be one of {some(allowed)}" + near(name, allowed))
-    taken = {_key(argument) for argument in given}
+    taken = {key_of(argument) for argument in given}
     lines, num_jobs = [], 0
     for grid in yaml.safe_load(file.read_text())["grids"]:
         own = {key: str(value) for key, value in grid.items() if key not in taken}
@@ -39,7 +39,7 @@ def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
 
 def sweep_folder(name: str, given: list[str]) -> Path:
     """Where a sweep's jobs are: hydra.sweep.dir, or multirun/<name>, so that the same command finds them again."""
-    said = [argument.partition("=")[2] for argument in given if _key(argument) == "hydra.sweep.dir"]
+    said = [argument.partition("=")[2] for argument in given if key_of(argument) == "hydra.sweep.dir"]
     return Path(said[-1] if said else f"multirun/{name}")
 
 
@@ -110,5 +110,6 @@ def set_aside(folder: Path) -> None:
             path.rename(aside / path.name)
 
 
-def _key(argument: str) -> str:
+def key_of(argument: str) -> str:
+    """The key that an override names."""
     return argument.lstrip("+~").partition("=")[0]

@@ -63,8 +63,11 @@ class Needs(NamedTuple):
     gradients: int  # the most of a step, with one id per bag
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in self._asdict().items())
-        return f"embeddings need {format_bytes(sum(self))}: {parts}"
+        weights, state, gradients = map(format_bytes, self)
+        return (
+            f"embeddings need {format_bytes(sum(self))}: weights {weights}, state of their optimizer {state}, "
+            f"gradients up to {gradients}"
+        )
 
 
 def needs(embeddings: torch.nn.Module, make_optimizer: Callable, batch_size: int) -> Needs:

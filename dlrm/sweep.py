@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from dlrm.jobs import key_of
 from dlrm.statistics import Interval, interval, paired
 
 UNSAID = ("seed", "sweep", "hydra", "data.path", "data.cache", "device", "native")  # they name no configuration
@@ -25,7 +26,7 @@ class Run:
     def words(self) -> tuple[str, ...]:
         """What it was started with, less its seed and where things lie."""
         named = (o.lstrip("+").replace("\\", "") for o in self.overrides)
-        return tuple(o for o in named if _key(o).split(".")[0] not in UNSAID and _key(o) not in UNSAID)
+        return tuple(o for o in named if key_of(o).split(".")[0] not in UNSAID and key_of(o) not in UNSAID)
 
 
 @dataclass
@@ -99,12 +100,8 @@ def front(points: list[tuple[float, float]]) -> list[bool]:
     return [not any(b <= size and a >= auc and (b, a) != (size, auc) for b, a in points) for size, auc in points]
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").split("=", 1)[0]
-
-
 def _read(folder: Path, overrides: tuple[str, ...]) -> Run:
-    said = {_key(o): o.split("=", 1)[1] for o in overrides if "=" in o}
+    said = {key_of(o): o.split("=", 1)[1] for o in overrides if "=" in o}
     seed = said.get("seed", "0")
     run = dict(folder=folder, overrides=overrides, seed=int(seed) if seed.isdigit() else 0)
     try:
