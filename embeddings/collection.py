@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from embeddings.arrangement import Lookup
 from embeddings.backend import Backend
 from embeddings.ops import Pooling
-from embeddings.slab import Slab
+from embeddings.slab import Slab, backends_of, weights_of
 
 
 class EmbeddingBags(nn.Module):
@@ -89,13 +89,11 @@ class EmbeddingBags(nn.Module):
 
     def table_backends(self) -> dict[str, Backend]:
         """Feature -> its backend."""
-        backends = {feature: backend for slab in self.slabs for feature, backend in slab.backends.items()}
-        return {feature: backends[feature] for feature in self._order}
+        return backends_of(self.slabs, self._order)
 
     def table_weights(self) -> dict[str, list[Tensor]]:
         """Feature -> its slices of weights, [slots, width], as views: of a dense one its rows."""
-        slab_of = {feature: slab for slab in self.slabs for feature in slab.rows}
-        return {f: slab_of[f].arrangement.weights(slab_of[f].weight, f) for f in self._order}
+        return weights_of(self.slabs, self._order)
 
     def num_bytes(self) -> int:
         """embedding_bytes: every parameter and every buffer that the embeddings keep."""

@@ -19,7 +19,7 @@ from embeddings.dense import Dense
 from embeddings.drop_in import draw_seed
 from embeddings.jagged import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from embeddings.ops import Pooling
-from embeddings.slab import Slab
+from embeddings.slab import Slab, backends_of, weights_of
 
 
 class DataType(Enum):
@@ -154,13 +154,11 @@ class _Collection(nn.Module):
 
     def table_backends(self) -> dict[str, Backend]:
         """Table -> its backend."""
-        backends = {table: backend for slab in self.slabs for table, backend in slab.backends.items()}
-        return {table.name: backends[table.name] for table in self._configs}
+        return backends_of(self.slabs, (table.name for table in self._configs))
 
     def table_weights(self) -> dict[str, list[Tensor]]:
         """Table -> its slices of weights, [slots, width], as views: of a dense table one, its rows."""
-        of = {table: slab for slab in self.slabs for table in slab.rows}
-        return {t.name: of[t.name].arrangement.weights(of[t.name].weight, t.name) for t in self._configs}
+        return weights_of(self.slabs, (table.name for table in self._configs))
 
     @property
     def device(self) -> torch.device:

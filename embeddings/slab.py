@@ -1,5 +1,7 @@
 """Slab: all tables of one backend in one flat parameter, looked up in one launch."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,18 @@ from embeddings.ops import Accumulate, Pooling
 # reads of a touched unit atomics queue (not yet measured on a GPU)
 SPARSE, CROWDED = 0.25, 8
 INDEX_BYTES = 8  # int64, of a touched unit in a sparse gradient
+
+
+def backends_of(slabs: Iterable["Slab"], names: Iterable[str]) -> dict[str, Backend]:
+    """Table -> its backend, for these names of tables."""
+    found = {table: backend for slab in slabs for table, backend in slab.backends.items()}
+    return {name: found[name] for name in names}
+
+
+def weights_of(slabs: Iterable["Slab"], names: Iterable[str]) -> dict[str, list[Tensor]]:
+    """Table -> its slices of weights, [slots, width], as views, for these names: of a dense table one, its rows."""
+    slab_of = {table: slab for slab in slabs for table in slab.rows}
+    return {name: slab_of[name].arrangement.weights(slab_of[name].weight, name) for name in names}
 
 
 class Slab(nn.Module):
