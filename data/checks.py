@@ -25,6 +25,12 @@ def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{key}={value!r}: allowed are {', '.join(allowed)}{nearest(value, allowed)}")
 
 
+def check_bool(key: str, value: object) -> None:
+    """Raises ValueError unless the value is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: must be true or false")
+
+
 def check_int(key: str, value: object, minimum: int) -> None:
     """Raises ValueError if the value is no integer of at least minimum."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

@@ -1,4 +1,4 @@
-"""A dataset made of files: prepared once, then read as batches. Table, MovieLens and CriteoKaggle are faces of it."""
+"""A dataset made of files: prepared once, then read as batches. Table, MovieLens and Criteo's are faces of it."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from pathlib import Path
 import duckdb
 
 from data.batch import Batch
-from data.checks import check_choice, check_int, check_keys
+from data.checks import check_bool, check_choice, check_int, check_keys
 from data.database import Database, quoted
 from data.encode import Preparation, Schema, arrange, encode_multi, encode_single, used_columns, write_arrays
 from data.prepared import Prepared, Writer, fingerprint, prepare_once
@@ -24,31 +24,43 @@ TIME_SAMPLE = 1000  # rows that say whether times are numbers or dates: one bad 
 class FileDataset:
     """Samples of one or more files. The constructor has read their first lines; prepare() reads all.
 
-    path: of the file or the folder. cache: folder of prepared folders. split, min_count, id_order: see Preparation.
+    path: of the file or the folder. cache: folder of prepared folders. split, last, vocabulary, min_count, id_order,
+    max_rows: see Preparation.
     on_error: what a bad row does: stop, skip, or quarantine (skip, and keep its text in the prepared folder's
-    quarantine.tsv). memory_limit: DuckDB's, e.g. 1GB. shuffle_block: training files of more rows are shuffled in blocks
-    of so many (see prepared.shuffled). shuffle_seed: of the training order.
+    quarantine.tsv). memory_limit: DuckDB's, e.g. 1GB. shuffle: whether every epoch of training has an order of its own.
+    shuffle_block: training files of more rows are shuffled in blocks of so many (see prepared.shuffled). shuffle_seed:
+    of the training order.
 
     A subclass says in open() what the files are, and adds the keys of its own as fields."""
 
     path: str
     cache: str
     _: KW_ONLY
-    split: Mapping[str, float]
+    split: Mapping[str, float] | None
+    last: str
+    vocabulary: str
     min_count: int
     id_order: str
+    max_rows: int | None
     on_error: str
     memory_limit: str
+    shuffle: bool
     shuffle_block: int
     shuffle_seed: int
 
     def __post_init__(self):
         check_choice("data.on_error", self.on_error, ("stop", "skip", "quarantine"))
+        check_bool("data.shuffle", self.shuffle)
         check_int("data.shuffle_block", self.shuffle_block, 1)
         check_int("data.shuffle_seed", self.shuffle_seed, 0)
         self.name, self.schema = self.open()
         order, split_seed = self.split_order()
-        self.preparation = Preparation(self.split, order, split_seed, self.min_count, self.id_order)
+        numbering = {k: getattr(self, k) for k in ("vocabulary", "min_count", "id_order", "max_rows")}
+        self.preparation = Preparation(self.split, self.last, order, split_seed, **numbering)
+        if self.split is None and not self.splits_are_files():
+            raise ValueError("data.split=null: give the fractions of train, valid and test")
+        if self.split is not None and self.splits_are_files():
+            raise ValueError(f"data.split={dict(self.split)}: here the files are the splits; set data.split=null")
         self.feature_names, self.dense_names = self.schema.features, list(self.schema.dense)
         options = (self.schema.identity(), self.preparation.identity(), self.on_error)
         self.fingerprint = fingerprint([source.path for source in self._sources()], options)
@@ -64,6 +76,14 @@ class FileDataset:
     def split_order(self) -> tuple[str, int]:
         """Order of the split of data without a time, and its seed (see Preparation)."""
         return "file", 0
+
+    def splits_are_files(self) -> bool:
+        """Whether it is the files that say which rows train (see counts), and data.split is None."""
+        return False
+
+    def counts(self, rows: list[int]) -> dict[str, int]:
+        """Samples of train, valid and test, of how many good rows each of schema.parts has."""
+        return self.preparation.counts(sum(rows))
 
     def prepare(self, keep_unseen: set[str]) -> None:
         """Reads the files into the prepared folder unless it is there. Features of keep_unseen will show the ids that
@@ -110,7 +130,7 @@ class FileDataset:
             epoch=epoch,
             start=start,
             seed=self.shuffle_seed,
-            block=self.shuffle_block,
+            block=self.shuffle_block if self.shuffle else None,
             keep_unseen=self._keep_unseen,
         )
 
@@ -123,6 +143,7 @@ class FileDataset:
         counts = self.num_samples
         rows = " + ".join(f"{count:,} {split}" for split, count in counts.items() if count)
         order = f"by {self.schema.time}" if self.schema.time else f"in {self.preparation.order} order"
+        order = "by files" if self.splits_are_files() else order
         bad = f", {self.num_rejected:,} bad rows left out" if self.num_rejected else ""
         return (
             f"{self.name}: {sum(counts.values()):,} samples ({rows}, split {order}), {len(self.dense_names)} dense, "
@@ -140,8 +161,8 @@ class FileDataset:
         scratch = folder / "scratch"
         db = Database(scratch, self.memory_limit)
         try:
-            rejected = self._load(db)
-            manifest, writer = self._encode(db, folder)
+            rejected, rows = self._load(db)
+            manifest, writer = self._encode(db, folder, self._counts(rows))
         finally:
             db.close()
         shutil.rmtree(scratch)
@@ -150,25 +171,40 @@ class FileDataset:
         writer.finish(manifest | {"num_rejected": sum(r.num_lines for r in rejected)})
 
     def _sources(self) -> list[Source]:
-        return [self.schema.main, *(side for side, _ in self.schema.sides)]
+        return [*self.schema.parts, *(side for side, _ in self.schema.sides)]
 
-    def _load(self, db: Database) -> list[Rejected]:
-        """Loads main and sides into the database. Returns the bad rows, or raises for them."""
+    def _counts(self, rows: list[int]) -> dict[str, int]:
+        """Samples of each split. Raises ValueError if train or test would be empty."""
+        counts = self.counts(rows)
+        if not (counts["train"] and counts["test"]):
+            how = "the split by files" if self.split is None else f"data.split={dict(self.split)}"
+            raise ValueError(f"{how} of {sum(rows)} good rows leaves none for training or for test")
+        return counts
+
+    def _load(self, db: Database) -> tuple[list[Rejected], list[int]]:
+        """Loads main, what follows it, and sides into the database. Returns the bad rows, or raises for them, and how
+        many good rows each part has."""
         rejected: list[Rejected] = []
+        rows: list[int] = []
         total = sum(source.path.stat().st_size for source in self._sources())
-        for i, source in enumerate(self._sources()):
+        tables = ["main", *("part" for _ in self.schema.more), *(f"side{i}" for i in range(len(self.schema.sides)))]
+        for source, table in zip(self._sources(), tables, strict=True):
             db.step(f"reading {source.path.name}", READING * source.path.stat().st_size / total)
             types = {c: self._type_of(c) for c in used_columns(self.schema, source)}
-            rejected += load(db, with_checks(source, self.schema), table=f"side{i - 1}" if i else "main", types=types)
+            rejected += load(db, with_checks(source, self.schema), table=table, types=types)
+            if table in ("main", "part"):
+                rows.append(db.value(f"SELECT count(*) FROM {table}"))
+            if table == "part":
+                db.run("INSERT INTO main BY NAME SELECT * FROM part; DROP TABLE part")
         if not rejected:
-            return rejected
+            return rejected, rows
         lines = sum(r.num_lines for r in rejected)
         count = f"{lines:,} bad row{'s' if lines > 1 else ''}"
         if self.on_error == "stop":
             raise ValueError(f"{rejected[0]}\n{count} in all; data.on_error=skip or quarantine leaves them out")
         kept = f", kept in {self.folder / 'quarantine.tsv'}" if self.on_error == "quarantine" else ""
         print(f"data: {count} left out{kept}; the first: {rejected[0]}")
-        return rejected
+        return rejected, rows
 
     def _type_of(self, column: str) -> str:
         """SQL type in which a column is read."""
@@ -178,15 +214,15 @@ class FileDataset:
             return time_type(self.schema)
         return self.schema.id_type if column in self.schema.categorical else "VARCHAR"
 
-    def _encode(self, db: Database, folder: Path) -> tuple[dict, Writer]:
+    def _encode(self, db: Database, folder: Path, counts: dict[str, int]) -> tuple[dict, Writer]:
         """Writes the arrays. Returns what the manifest says, and the writer to finish."""
         db.step("ordering rows", ORDERING)
         arrange(db, self.schema, self.preparation)
-        counts = self.preparation.counts(db.value("SELECT count(*) FROM rows"))
+        counted = counts["train"] if self.vocabulary == "train" else sum(counts.values())
         cardinalities = {}
         for i, name in enumerate(self.feature_names):
             db.step(f"numbering {name}", NUMBERING / len(self.feature_names))
-            job = (db, name, f"feature{i}", counts["train"], self.preparation)
+            job = (db, name, f"feature{i}", counted, self.preparation)
             separator = self.schema.multi_valued.get(name)
             cardinalities[name] = encode_single(*job) if separator is None else encode_multi(*job, separator)
         db.step("writing arrays", WRITING)
@@ -196,6 +232,7 @@ class FileDataset:
             "fingerprint": self.fingerprint,
             "cardinalities": cardinalities,
             "num_samples": counts,
+            "last": self.last,
             "dense_names": self.dense_names,
             "num_dense": len(self.dense_names),
             "num_multi": len(self.schema.multi_valued),

@@ -16,13 +16,19 @@ from data.prepared import Writer
 from data.source import Source
 
 CHUNK_ROWS = 1 << 18  # rows that are in Python's memory at once: 42 MB for Criteo's 39 columns
+ID_ORDERS = {  # SQL; first: the row where the value first occurs
+    "frequency": "seen DESC, first, value",
+    "appearance": "first, value",
+    "lexical": "value NULLS FIRST",  # by code points, as sklearn's LabelEncoder; fixed-width hex sorts as its number
+}
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What the columns mean. sides: further files, each with the column that it shares with main. threshold: the label
-    is value >= threshold; None: it is 0 or 1. dense: column -> none, log1p or standardize. multi_valued: column ->
-    separator. time: the column that orders the split. id_type: SQL type of the categorical columns."""
+    """What the columns mean. more: files of the same columns, whose rows follow main's. sides: further files, each with
+    the column that it shares with main. threshold: the label is value >= threshold; None: it is 0 or 1. dense: column
+    -> none, log1p, shifted_log or standardize. multi_valued: column -> separator. time: the column that orders the
+    split. id_type: SQL type of the categorical columns."""
 
     main: Source
     sides: tuple[tuple[Source, str], ...]
@@ -33,6 +39,12 @@ class Schema:
     multi_valued: Mapping[str, str]
     time: str | None
     id_type: str = "VARCHAR"
+    more: tuple[Source, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The files whose rows are the samples."""
+        return (self.main, *self.more)
 
     @property
     def features(self) -> list[str]:
@@ -49,21 +61,38 @@ class Schema:
             self.categorical,
             list(self.multi_valued.items()),
         )
-        return self.main.identity(), sides, roles, self.time, self.id_type
+        return [part.identity() for part in self.parts], sides, roles, self.time, self.id_type
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How rows are split and ids are numbered. split: fractions {train, valid, test}, sum 1. order: file or random, for
-    data without a time. min_count: ids seen fewer times in training become 0. id_order: frequency or appearance."""
+    """How rows are split and ids are numbered. split: fractions {train, valid, test}, sum 1; None: the files say it.
+    last: which split has the last rows, test or valid. order: file or random, for data without a time. vocabulary: the
+    rows whose ids are counted and numbered, train or all. min_count: ids counted fewer times become 0. id_order:
+    frequency, appearance or lexical. max_rows: ids from there on wrap around to id % max_rows; None: no id does."""
 
-    split: Mapping[str, float]
+    split: Mapping[str, float] | None
+    last: str
     order: str
     split_seed: int
+    vocabulary: str
     min_count: int
     id_order: str
+    max_rows: int | None
 
     def __post_init__(self):
+        if self.split is not None:
+            self._check_split()
+        check_choice("data.last", self.last, ("test", "valid"))
+        check_choice("data.order", self.order, ("file", "random"))
+        check_choice("data.vocabulary", self.vocabulary, ("train", "all"))
+        check_choice("data.id_order", self.id_order, tuple(ID_ORDERS))
+        check_int("data.min_count", self.min_count, 1)
+        check_int("data.split_seed", self.split_seed, 0)
+        if self.max_rows is not None:
+            check_int("data.max_rows", self.max_rows, 1)
+
+    def _check_split(self) -> None:
         check_exact_keys("data.split", self.split, ("train", "valid", "test"))
         for name, fraction in self.split.items():
             check_number(f"data.split.{name}", fraction, 0.0, 1.0)
@@ -74,23 +103,18 @@ class Preparation:
         for name in ("train", "test"):
             if not self.split[name]:
                 raise ValueError(f"data.split.{name}=0: only valid may be 0")
-        check_choice("data.order", self.order, ("file", "random"))
-        check_choice("data.id_order", self.id_order, ("frequency", "appearance"))
-        check_int("data.min_count", self.min_count, 1)
-        check_int("data.split_seed", self.split_seed, 0)
 
     def identity(self) -> tuple:
         """Everything that changes the prepared arrays."""
-        return sorted(self.split.items()), self.order, self.split_seed, self.min_count, self.id_order
+        split = None if self.split is None else sorted(self.split.items())
+        numbering = self.vocabulary, self.min_count, self.id_order, self.max_rows
+        return split, self.last, self.order, self.split_seed, numbering
 
     def counts(self, rows: int) -> dict[str, int]:
-        """Rows of each split. Raises ValueError if train or test would be empty."""
+        """Rows of each split, by the fractions."""
         train = int(rows * self.split["train"] + 0.5)
         test = rows - int(rows * (self.split["train"] + self.split["valid"]) + 0.5)
-        counts = {"train": train, "valid": rows - train - test, "test": test}
-        if not (train and test):
-            raise ValueError(f"data.split={dict(self.split)} of {rows} good rows leaves none for training or for test")
-        return counts
+        return {"train": train, "valid": rows - train - test, "test": test}
 
 
 def arrange(db: Database, schema: Schema, preparation: Preparation) -> None:
@@ -137,18 +161,20 @@ def report_unmatched(db: Database, main: Source, side: Source, table: str, key: 
 
 def used_columns(schema: Schema, source: Source) -> list[str]:
     """Columns of a source that the schema needs, keys of joins included; main comes before sides."""
-    keys = [key for _, key in schema.sides] if source is schema.main else [k for s, k in schema.sides if s is source]
+    is_part = any(source is part for part in schema.parts)
+    keys = [key for _, key in schema.sides] if is_part else [k for s, k in schema.sides if s is source]
     wanted = [schema.label, schema.time, *schema.dense, *schema.features]
-    if source is not schema.main:
+    if not is_part:
         wanted = [c for c in wanted if c not in schema.main.names]
     return [c for c in source.names if c in wanted or c in keys]
 
 
 def number_ids(db: Database, counted: str, preparation: Preparation) -> int:
-    """Makes `vocabulary` (value, id) of SQL that gives (value, seen, first): how often training has the value, and the
-    row where it first occurs. Ids from 1 are the values that training has at least min_count times, 0 those it has
-    fewer times, and from n on those it never had. Returns n, the number of ids with row 0."""
-    order = "seen DESC, first, value" if preparation.id_order == "frequency" else "first, value"
+    """Makes `vocabulary` (value, id) of SQL that gives (value, seen, first): how often the counted rows have the value,
+    and the row where it first occurs. Ids from 1 are the values that they have at least min_count times, 0 those they
+    have fewer times, and from n on those they never have. Returns n, the number of ids with row 0, or max_rows if that
+    is less; then ids below n have wrapped around."""
+    order = ID_ORDERS[preparation.id_order]
     db.run(
         "CREATE OR REPLACE TEMP TABLE vocabulary AS SELECT value, kind, CASE kind WHEN 0 THEN 0 ELSE "
         f"row_number() OVER (PARTITION BY kind ORDER BY {order}) END AS id FROM (SELECT *, CASE WHEN seen = 0 THEN 2 "
@@ -156,13 +182,17 @@ def number_ids(db: Database, counted: str, preparation: Preparation) -> int:
     )
     kept = db.value("SELECT count(*) FROM vocabulary WHERE kind = 1")
     db.run(f"UPDATE vocabulary SET id = id + {kept} WHERE kind = 2")
-    return kept + 1
+    if preparation.max_rows is None or kept < preparation.max_rows:
+        return kept + 1
+    db.run(f"UPDATE vocabulary SET id = id % {preparation.max_rows} WHERE kind = 1")
+    return preparation.max_rows
 
 
-def encode_single(db: Database, name: str, table: str, train: int, preparation: Preparation) -> int:
-    """Makes `table` (place, id) of a single-valued feature; NULL is a value. Returns the number of ids."""
+def encode_single(db: Database, name: str, table: str, counted: int, preparation: Preparation) -> int:
+    """Makes `table` (place, id) of a single-valued feature; NULL is a value. counted: the first so many rows are those
+    whose ids count. Returns the number of ids."""
     column = quoted(name)
-    grouped = f"count(*) FILTER (rowid < {train}) AS seen, min(rowid) AS first"
+    grouped = f"count(*) FILTER (rowid < {counted}) AS seen, min(rowid) AS first"
     num_ids = number_ids(db, f"SELECT {column} AS value, {grouped} FROM rows GROUP BY {column}", preparation)
     db.run(
         f"CREATE TABLE {table} AS SELECT rows.rowid AS place, CAST(v.id AS INTEGER) AS id "
@@ -171,22 +201,22 @@ def encode_single(db: Database, name: str, table: str, train: int, preparation: 
     return num_ids
 
 
-def encode_multi(db: Database, name: str, table: str, train: int, preparation: Preparation, separator: str) -> int:
-    """Makes `table` (place, ids: list) of a multi-valued feature; NULL and '' are empty bags. Returns how many ids.
-    Work is per distinct text, of which there are few where the column comes from a side table."""
+def encode_multi(db: Database, name: str, table: str, counted: int, preparation: Preparation, separator: str) -> int:
+    """Makes `table` (place, ids: list) of a multi-valued feature; NULL and '' are empty bags.
+    counted: see encode_single. Work is per distinct text: few where the column comes from a side table."""
     column = quoted(name)
     split = f"list_transform(string_split({column}, {literal(separator)}), lambda x: trim(x))"
     db.run(
-        f"CREATE OR REPLACE TEMP TABLE texts AS SELECT {column} AS text, count(*) FILTER (rowid < {train}) AS seen, "
+        f"CREATE OR REPLACE TEMP TABLE texts AS SELECT {column} AS text, count(*) FILTER (rowid < {counted}) AS seen, "
         f"min(rowid) AS first, list_filter({split}, lambda x: x <> '') AS parts "
         f"FROM rows WHERE {column} IS NOT NULL GROUP BY {column}"
     )
-    counted = "SELECT value, sum(seen) AS seen, min(first) AS first FROM parted GROUP BY value"
+    grouped = "SELECT value, sum(seen) AS seen, min(first) AS first FROM parted GROUP BY value"
     db.run(
         "CREATE OR REPLACE TEMP TABLE parted AS SELECT text, seen, first, unnest(parts) AS value, "
         "unnest(range(len(parts))) AS nth FROM texts"
     )
-    num_ids = number_ids(db, counted, preparation)
+    num_ids = number_ids(db, grouped, preparation)
     db.run(
         f"CREATE TABLE {table} AS SELECT rows.rowid AS place, coalesce(bags.ids, []) AS ids FROM rows LEFT JOIN "
         "(SELECT text, list(CAST(id AS INTEGER) ORDER BY nth) AS ids FROM parted JOIN vocabulary USING (value) "
@@ -197,12 +227,14 @@ def encode_multi(db: Database, name: str, table: str, train: int, preparation: P
 
 def dense_sql(db: Database, schema: Schema, train: int) -> list[str]:
     """SQL of each dense column, transformed. Empty is 0 after the transform. standardize: mean 0 and variance 1 over
-    the training rows that have a value; log1p: of max(x, 0)."""
+    the training rows that have a value; log1p: of max(x, 0); shifted_log: ln(3 + x) of max(x, -2), empty as x = 0."""
     expressions = []
     for name, transform in schema.dense.items():
         x = quoted(name)
         if transform == "log1p":
             x = f"ln(1 + greatest({x}, 0))"
+        elif transform == "shifted_log":
+            x = f"ln(3 + greatest(coalesce({x}, 0), -2))"
         elif transform == "standardize":
             sql = f"SELECT coalesce(avg({x}), 0), coalesce(stddev_pop({x}), 0) FROM rows WHERE rowid < {train}"
             mean, deviation = db.rows(sql)[0]

@@ -2,8 +2,9 @@
 
 A folder holds dense.bin float32 [rows, num_dense], ids.bin int32 [rows, F1] of the single-valued features, labels.bin
 uint8 [rows], per multi-valued feature values.K.bin int32 [N] and indptr.K.bin int64 [rows+1], and manifest.json. Rows
-are ordered train, valid, test. The manifest is written last and the folder renamed into place, so what has the final
-name is complete; the name is the fingerprint of files and options, which says what of a file it sees."""
+are ordered train, valid, test, or train, test, valid, as the manifest's `last` says. The manifest is written last and
+the folder renamed into place, so what has the final name is complete; the name is the fingerprint of files and options,
+which says what of a file it sees."""
 
 import fcntl
 import hashlib
@@ -19,7 +20,7 @@ import torch
 
 from data.batch import Batch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK_ROWS = 4096  # rows read in sequence when a split is too large for a global shuffle
 WHOLE_BYTES = 1 << 28  # up to here a file's fingerprint is its content, which takes less than a second
 ENDS_BYTES = 64 * 1024  # of the head and of the tail of a larger file go into its fingerprint
@@ -141,6 +142,11 @@ def shuffled(count: int, *, seed: int, epoch: int, block: int, start: int) -> It
         seen += len(index)
 
 
+def in_order(count: int, *, start: int) -> Iterator[np.ndarray]:
+    """Index arrays that together are range(start, count)."""
+    yield from (np.arange(i, min(i + CHUNK_ROWS, count)) for i in range(start, count, CHUNK_ROWS))
+
+
 def in_batches(indices: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
     """The same indices in arrays of batch_size; the last may be shorter."""
     rest = np.zeros(0, np.int64)
@@ -175,16 +181,29 @@ class Prepared:
         return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
 
     def batches(
-        self, split: str, batch_size: int, *, epoch: int, start: int, seed: int, block: int, keep_unseen: set[str]
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        epoch: int,
+        start: int,
+        seed: int,
+        block: int | None,
+        keep_unseen: set[str],
     ) -> Iterator[Batch]:
-        """Batches of a split from sample `start` on: train shuffled by (seed, epoch), the others in stored order.
-        Ids that training never had become 0, except in the features of keep_unseen."""
+        """Batches of a split from sample `start` on: train shuffled by (seed, epoch) unless block is None, the others
+        in stored order. Ids that training never had become 0, except in the features of keep_unseen."""
         count = self.num_samples[split]
-        first = {"train": 0, "valid": self.num_samples["train"], "test": self.rows - self.num_samples["test"]}[split]
+        last = self.manifest["last"]
+        first = {"train": 0, last: self.rows - self.num_samples[last]}.get(split, self.num_samples["train"])
         limits = np.array([KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()], np.int64)
         if split == "train":
-            order = in_batches(shuffled(count, seed=seed, epoch=epoch, block=block, start=start), batch_size)
-            picks = (np.sort(index) for index in order)  # ascending reads; the sum over a batch has no order
+            if block is None:
+                order = in_order(count, start=start)
+            else:
+                order = shuffled(count, seed=seed, epoch=epoch, block=block, start=start)
+            # ascending reads; the sum over a batch has no order
+            picks = (np.sort(index) for index in in_batches(order, batch_size))
         else:
             edges = range(start, count, batch_size)
             picks = (np.arange(first + edge, first + min(edge + batch_size, count)) for edge in edges)

@@ -1,30 +1,38 @@
 """Any CSV, TSV or Parquet file, plain, .gz or .zst, by one yaml that says what its columns mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.checks import check_choice, check_keys, check_list, check_mapping, check_number, check_text, nearest
+from data.database import quoted
 from data.dataset import FileDataset
 from data.encode import Schema
 from data.infer import inferred_yaml
 from data.source import Source, joined_lists, open_source
 
-TRANSFORMS = ("none", "log1p", "standardize")
+TRANSFORMS = ("none", "log1p", "shifted_log", "standardize")
+# floor(ln(x)^2) above 2, else x; empty as 0: that of FuxiCTR for Criteo_x4, as the winners of Criteo's challenge
+BUCKET = (
+    "CASE WHEN {0} IS NULL THEN '0' ELSE CAST(TRY_CAST(CASE WHEN {1} > 2 THEN floor(pow(ln(greatest({1}, 1)), 2)) "
+    "ELSE trunc({1}) END AS BIGINT) AS VARCHAR) END"
+)
 
 
 @dataclass(eq=False, kw_only=True)
 class Table(FileDataset):
-    """Samples are the rows of `path`, or of the file `file` in the folder `path`; conf/data/table.yaml says what each
-    key means.
+    """Samples are the rows of `path`, or in the folder `path` of the file `file`, or of the `files` {train, valid,
+    test}; conf/data/table.yaml says what each key means.
 
-    dense: {column: none | log1p | standardize}. categorical: columns. multi_valued: {column: separator}. joins: list of
-    {path, key}: side files, looked up by a column of the same name, whose paths are relative to the main file's folder.
+    dense: {column: one of TRANSFORMS}. categorical: columns; buckets: those of them that are numbers, to be taken by
+    their magnitude. multi_valued: {column: separator}. joins: list of {path, key}: side files, looked up by a
+    column of the same name, whose paths are relative to the main file's folder.
     dense and multi_valued may be None: no such columns (the yaml says null, which the command line can replace).
     With neither dense, categorical nor multi_valued columns, prints the yaml that the file suggests and raises
     ValueError. ValueError too for a column that is not there, with the nearest name."""
 
     file: str | None
+    files: Mapping[str, str] | None
     delimiter: str | None
     quote: str | None
     header: bool
@@ -34,6 +42,7 @@ class Table(FileDataset):
     label_threshold: float | None
     dense: Mapping[str, str] | None
     categorical: Sequence[str]
+    buckets: Sequence[str]
     multi_valued: Mapping[str, str] | None
     time: str | None
     order: str
@@ -48,7 +57,9 @@ class Table(FileDataset):
         check_mapping("data.dense", dense, "{price: log1p}")
         check_mapping("data.multi_valued", multi_valued, "{genres: '|'}")
         check_list("data.categorical", self.categorical, "[user, item]")
-        main = self._open_main()
+        check_list("data.buckets", self.buckets, "[price, age]")
+        check_keys("data.categorical, which data.buckets is of,", self.buckets, self.categorical)
+        main, *more = self._open_parts()
         sides = self._open_sides(main)
         sources = [main, *(side for side, _ in sides)]
         if not (dense or self.categorical or multi_valued):
@@ -60,9 +71,11 @@ class Table(FileDataset):
         check_roles(self.label, dense, self.categorical, multi_valued, self.time, sources)
         if self.label_threshold is not None:
             check_number("data.label_threshold", self.label_threshold, -3e38, 3e38)
-        return main.path.name, Schema(
-            main=joined_lists(main, multi_valued),
-            sides=tuple((joined_lists(side, multi_valued), key) for side, key in sides),
+        parts = [self._in_buckets(joined_lists(part, multi_valued)) for part in (main, *more)]
+        return main.path.name if not more else Path(self.path).resolve().name, Schema(
+            main=parts[0],
+            more=tuple(parts[1:]),
+            sides=tuple((self._in_buckets(joined_lists(side, multi_valued)), key) for side, key in sides),
             label=self.label,
             threshold=self.label_threshold,
             dense=dict(dense),
@@ -75,9 +88,50 @@ class Table(FileDataset):
         """See FileDataset."""
         return self.order, self.split_seed
 
-    def _open_main(self) -> Source:
-        """The file of path and file."""
-        path = Path(self.path) / self.file if self.file else Path(self.path)
+    def splits_are_files(self) -> bool:
+        """See FileDataset."""
+        return self.files is not None
+
+    def counts(self, rows: list[int]) -> dict[str, int]:
+        """See FileDataset."""
+        if self.files is None:
+            return super().counts(rows)
+        return {"valid": 0} | dict(zip(self._splits(), rows, strict=True))
+
+    def _splits(self) -> list[str]:
+        """The splits that files has, in the order of the prepared arrays."""
+        return [
+            s for s in ("train", *(("valid", "test") if self.last == "test" else ("test", "valid"))) if s in self.files
+        ]
+
+    def _open_parts(self) -> list[Source]:
+        """The file of path and file, or the files of path and files."""
+        if self.files is None:
+            return [self._open_main(Path(self.path) / self.file if self.file else Path(self.path))]
+        example = "{train: train.csv, valid: valid.csv, test: test.csv}"
+        check_mapping("data.files", self.files, example)
+        check_keys("data.files", self.files, ("train", "valid", "test"))
+        if not {"train", "test"} <= set(self.files):
+            raise ValueError(f"data.files={dict(self.files)}: needs train and test, as in {example}")
+        if self.file is not None or self.time is not None or self.order != "file":
+            raise ValueError(
+                "data.files are the splits: data.file, data.time and data.order=random do not go with them"
+            )
+        parts = [self._open_main(Path(self.path) / self.files[split]) for split in self._splits()]
+        for part in parts[1:]:
+            if missing := [name for name in parts[0].names if name not in part.names]:
+                raise ValueError(f"{part.path} has no column {missing[0]!r}, which {parts[0].path.name} has")
+        return parts
+
+    def _in_buckets(self, source: Source) -> Source:
+        """The same source, with the magnitudes of the columns in buckets."""
+        sql = {c: BUCKET.format(quoted(c), f"TRY_CAST({quoted(c)} AS DOUBLE)") for c in self.buckets}
+        checks = {c: (f"{quoted(c)} IS NOT NULL", "must be a number (data.buckets)") for c in self.buckets}
+        sql, checks = ({c: x for c, x in some.items() if c in source.columns} for some in (sql, checks))
+        return replace(source, expressions={**source.expressions, **sql}, checks={**source.checks, **checks})
+
+    def _open_main(self, path: Path) -> Source:
+        """A file of samples."""
         if path.is_dir():
             names = ", ".join(sorted(p.name for p in path.iterdir())[:10])
             raise ValueError(f"data.path={self.path}: is a folder; name a file in it with data.file: {names}")

@@ -4,6 +4,7 @@ import torch
 
 TABLE = {
     "file": None,
+    "files": None,
     "delimiter": None,
     "quote": None,
     "header": True,
@@ -13,15 +14,20 @@ TABLE = {
     "label_threshold": None,
     "dense": {"d": "none"},
     "categorical": ["c"],
+    "buckets": [],
     "multi_valued": {},
     "time": None,
     "split": {"train": 0.5, "valid": 0, "test": 0.5},
     "order": "file",
     "split_seed": 0,
+    "last": "test",
+    "vocabulary": "train",
     "min_count": 1,
     "id_order": "appearance",
+    "max_rows": None,
     "on_error": "stop",
     "memory_limit": "500MB",
+    "shuffle": True,
     "shuffle_block": 1 << 20,
     "shuffle_seed": 0,
 }

@@ -12,10 +12,14 @@ from data.movielens import MovieLens
 
 OPTIONS = {
     "split": {"train": 0.5, "valid": 0, "test": 0.5},
+    "last": "test",
+    "vocabulary": "train",
     "min_count": 1,
     "id_order": "appearance",
+    "max_rows": None,
     "on_error": "stop",
     "memory_limit": "500MB",
+    "shuffle": True,
     "shuffle_block": 1 << 20,
     "shuffle_seed": 0,
 }

@@ -32,7 +32,13 @@ def build(folder, rows=100, seed=0):
     counts = {"train": rows * 6 // 10, "valid": rows // 10}
     counts["test"] = rows - sum(counts.values())
     writer.finish(
-        {"cardinalities": {"a": 5, "b": 5, "m": 3}, "num_samples": counts, "num_dense": 3, "num_multi": 1},
+        {
+            "cardinalities": {"a": 5, "b": 5, "m": 3},
+            "num_samples": counts,
+            "last": "test",
+            "num_dense": 3,
+            "num_multi": 1,
+        },
     )
     split = np.split(bags, np.cumsum(lengths)[:-1])
     return [(dense[i].astype(np.float32), [[ids[i, 0]], [ids[i, 1]], split[i]], labels[i]) for i in range(rows)]
