@@ -25,14 +25,19 @@ $(VENV)/.torchrec: requirements-torchrec.txt requirements-torchrec-no-deps.txt $
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-torchrec-no-deps.txt
 	@touch $@
 
+$(VENV)/.launchers: requirements-launchers.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-launchers.txt
+	@touch $@
+
 setup: $(VENV)/.dev  ## make .venv and install the pinned requirements
 
 train: $(VENV)/.train  ## train: make train ARGS="embedding=hashed compression=0.1"
 	$(BIN)/python train.py $(ARGS)
 
+# --operators leaves out what the choice of kernels cannot change: tests/reach.py says how that is known
 test: $(VENV)/.dev  ## the whole test suite, with the compiled kernels and then with the reference ones
 	EMBEDDINGS_NATIVE=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "$(SLOW)" tests
-	EMBEDDINGS_NATIVE=off OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "$(SLOW)" tests
+	EMBEDDINGS_NATIVE=off OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "$(SLOW)" --operators tests
 
 test-slow: $(VENV)/.dev  ## the tests that take more than ten seconds each
 	$(MAKE) test SLOW=slow
@@ -62,6 +67,14 @@ test-torchrec: $(VENV)/.torchrec  ## the tests that compare with torchrec
 	$(BIN)/python -W ignore -c "import torchrec"
 	EMBEDDINGS_NATIVE=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torchrec tests
 
+launchers: $(VENV)/.launchers  ## add hydra's joblib and submitit launchers and its optuna sweeper: docs/sweeps.md
+
+# tests skip where a plugin is not installed; here that is an error
+test-launchers: $(VENV)/.launchers  ## the tests that need them
+	$(BIN)/python -W ignore -c "import hydra_plugins.hydra_joblib_launcher, hydra_plugins.hydra_submitit_launcher"
+	$(BIN)/python -W ignore -c "import hydra_plugins.hydra_optuna_sweeper"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launchers tests
+
 examples: $(VENV)/.train  ## run every examples/*.py; those named *torchrec* need make torchrec
 	@for example in $(EXAMPLES); do \
 	  case $$example in *torchrec*) \
@@ -79,4 +92,4 @@ gpu:  ## on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, 
 bench: $(VENV)/.dev  ## the short benchmarks of this machine
 	$(BIN)/python -m benchmarks.lookup
 
-.PHONY: help setup train test test-slow lint format wheel test-wheel torchrec test-torchrec examples cuda gpu bench
+.PHONY: help setup train test test-slow lint format wheel test-wheel torchrec test-torchrec launchers test-launchers examples cuda gpu bench

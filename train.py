@@ -14,17 +14,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import shutil
 import sys
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlrm import checkpoint, jobs
+from dlrm import checkpoint, expected, jobs
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
@@ -38,15 +40,14 @@ from embeddings.backend import Backend
 def main() -> int:
     """Run the command line. Returns the exit status: 0, 1 if training failed, 2 if it was refused, 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, and the message below is ours
-    # cached: hydra asks for the folder more than once, and must get the same one
-    OmegaConf.register_new_resolver("unique_folder", unique_folder, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)
     arguments = sys.argv[1:]
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("sweep=")]
     try:
         if named and named[-1] != "null":
             return sweep(named[-1], arguments)
         check_folders(arguments)
+        if is_multirun(arguments):
+            return several(arguments)
         run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,18 +65,53 @@ def main() -> int:
 
 def sweep(name: str, given: list[str]) -> int:
     """Run the missing jobs of conf/sweep/<name>.yaml, then the report. Returns 1 if any job is without a result."""
-    if not {"-m", "--multirun"} & set(given):
+    if not is_multirun(given):
         raise ConfigError(f"sweep={name} is many runs: python train.py -m sweep={name}")
+    if any(jobs.key_of(argument) == "hydra/sweeper" for argument in given):
+        raise ConfigError(f"sweep={name} says which jobs there are, so it takes no hydra/sweeper")
     from dlrm.sweep_report import report  # only here: it imports what training does not need
 
     folder = jobs.sweep_folder(name, given)
     grids, num_jobs = jobs.grids(name, given)
     print(f"sweep {name}: {num_jobs} jobs in {folder}; the same command again runs only those without a result")
     jobs.announce(folder, num_jobs)
+    status = 0
     for line in grids:
         sys.argv = [sys.argv[0], *line, f"hydra.sweep.dir={folder}"]
+        status |= launch()
+    return status | report(folder) if any(folder.glob("*/.hydra")) else status
+
+
+def is_multirun(given: list[str]) -> bool:
+    return not {"-m", "--multirun"}.isdisjoint(given)
+
+
+def several(given: list[str]) -> int:
+    """Run the jobs of -m, in this process or a launcher's, then name those without a result. Returns 1 if any is."""
+    from dlrm.sweep import read_runs  # only here: it imports what training does not need
+
+    folder = jobs.said_folder(given) or make_run_folder(f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S}")
+    sys.argv.append(f"hydra.sweep.dir={folder}")
+    status = launch()
+    if not any(folder.glob("*/.hydra")):  # nothing ran: --help, --cfg, a launcher that is not to be had
+        return status
+    runs = read_runs(folder)
+    without = [run for run in runs if run.status != "completed"]
+    if without:
+        print(f"{len(without)} of {len(runs)} runs have no result:", file=sys.stderr)
+    for job in without:
+        print(f"  {job.folder} [{' '.join(job.overrides)}]: {job.status}", file=sys.stderr)
+    return status or min(len(without), 1)
+
+
+def launch() -> int:
+    """Run the jobs of the command line. Returns 1 if the launcher fails: it lost a process, or was not to be had."""
+    try:
         run()
-    return report(folder)
+    except (RuntimeError, ValueError) as error:  # or a search is without one trial; the jobs' own are in error.txt
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def unique_folder(path: str) -> str:
@@ -83,15 +119,23 @@ def unique_folder(path: str) -> str:
     return str(make_run_folder(path))
 
 
+# here and not in main: a launcher's processes import this module and call `run`
+# cached: hydra asks for the folder more than once, and must get the same one
+OmegaConf.register_new_resolver("unique_folder", unique_folder, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)
+
+
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def run(composed) -> None:
-    """One run, in the folder that hydra made for it."""
+def run(composed) -> float | None:
+    """One run, in the folder that hydra made for it. Returns what a search maximises: the AUC of `run_once`."""
     config = OmegaConf.to_container(composed, resolve=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if config.pop("sweep", None) is not None:
         return run_job(config, folder)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return attempt(config, folder)
     try:
-        run_once(config, folder)
+        return run_once(config, folder)
     except ConfigError:
         if not (folder / "metrics.jsonl").exists():  # nothing but the refused config: leave no folder behind
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
@@ -102,7 +146,7 @@ def run(composed) -> None:
 
 
 def run_job(config: dict, folder: Path) -> None:
-    """One job of a sweep: unless it has its result, or another process is at it. What stops it is kept in error.txt."""
+    """One job of a named sweep: unless it has its result, or another process is at it."""
     with jobs.claim(folder) as is_ours:
         if not is_ours:
             print(f"{folder.name}: another process is at it")
@@ -111,18 +155,37 @@ def run_job(config: dict, folder: Path) -> None:
         else:
             jobs.set_aside(folder)
             print(f"\n{jobs.progress(folder.parent)}: {folder.name}", flush=True)
-            try:
-                run_once(config, folder)
-            except Exception as error:  # the other jobs go on; the report names this one
-                (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
-                print(f"{folder.name} FAILED: {error}", file=sys.stderr)
+            attempt(config, folder)
 
 
-def run_once(config: dict, folder: Path) -> None:
-    """Train in a folder of its own."""
+def attempt(config: dict, folder: Path) -> float | None:
+    """One job of many: what stops it is kept in error.txt, and the others go on."""
+    searches = is_search()
+    try:
+        return run_once(config, folder)
+    except Exception as error:
+        (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
+        print(f"{folder.name} FAILED: {error}", file=sys.stderr)
+        if searches:
+            raise  # hydra.sweeper.max_failure_rate says whether the others go on
+    return None
+
+
+def run_once(config: dict, folder: Path) -> float | None:
+    """Train in a folder of its own. Returns eval/auc of the last weights, on the validation split if there is one."""
     (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    if train(config, folder)["status"] == "interrupted":
+    summary = train(config, folder)
+    if summary["status"] == "interrupted":
         raise KeyboardInterrupt  # ends a sweep too
+    return summary["last"]["eval/auc"]
+
+
+def is_search() -> bool:
+    """Whether hydra's sweeper chooses runs by what `run` returns. Raises ConfigError if it would minimise that."""
+    direction = HydraConfig.get().sweeper.get("direction") if HydraConfig.initialized() else None
+    if direction is not None and (said := getattr(direction, "name", direction)) != "maximize":
+        raise ConfigError(f"hydra.sweeper.direction={said}: runs are judged by eval/auc, so it must be maximize")
+    return direction is not None
 
 
 def train(config: dict, folder: Path) -> dict:
@@ -149,6 +212,8 @@ def train(config: dict, folder: Path) -> dict:
         dataset.prepare(backends.take_any_id(dataset.feature_names))
         chosen = backends.choose(dataset.cardinalities)
         dataset.prepare({feature for feature, backend in chosen.items() if not backend.ranged})
+        if is_search() and not dataset.num_samples["valid"]:
+            raise ConfigError("hydra.sweeper: a search is judged on the validation split, and this data has none")
         how = {"pooling": config["pooling"], "seed": config["seed"]}
         planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
         print_plan(dataset, planned, needs(planned, make_embedding, settings.batch_size))
@@ -251,6 +316,7 @@ def check_root(config: dict) -> None:
     check_number("compression", config["compression"], 0, 1)
     check_number("dense_below", config["dense_below"], 0, float("inf"), whole=True)
     check_number("seed", config["seed"], 0, 2**63 - 1, whole=True)
+    expected.check(config["expected"])
     for key, choices in {
         "native": native.MODES,
         "pooling": ("sum", "mean", "max"),
@@ -292,11 +358,13 @@ def facts(config: dict) -> dict:
     """What summary.json says of the run beside its results."""
     return {
         "seed": config["seed"],
+        "nominal_compression": config["compression"],
         "device": config["device"],
         "torch": torch.__version__,
         "native": native.ensure(),
         "git_commit": git_commit(),
         "config_hash": config_hash(config),
+        "expected": config["expected"],
     }
 
 
@@ -324,7 +392,7 @@ def hparams(config: dict) -> dict:
                 found[prefix + key] = value
         return found
 
-    return names | flat({key: value for key, value in config.items() if key not in ("data", "resume")})
+    return names | flat({key: value for key, value in config.items() if key not in ("data", "resume", "expected")})
 
 
 # --- refusing what cannot be done ------------------------------------------------------------------------------------
@@ -363,4 +431,6 @@ def check_folders(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # for the processes that hydra/launcher=submitit_local or submitit_slurm starts, whatever folder they start in
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
     sys.exit(main())

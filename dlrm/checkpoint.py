@@ -1,6 +1,7 @@
 """Checkpoints: safetensors files and a JSON manifest with their SHA-256. No pickle; a large table is never held twice.
 
 A checkpoint is a folder `<run>/checkpoints/step_000001000`, which appears by one rename once it is whole on the disk.
+Beside them `best` holds weights alone (`dlrm.best`).
 """
 
 import hashlib
@@ -27,24 +28,12 @@ def save(folder: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optim
 
     Raises OSError, with the bytes needed and free, when it cannot be written; what was there is still there.
     """
-    states = {name: _split(optimizer) for name, optimizer in optimizers.items()}
-    files = {"model": dict(model.state_dict())} | {name: tensors for name, (tensors, _) in states.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-    with _named_errors(folder, num_bytes), _appear(folder / f"step_{counters['step']:09d}") as temporary:
-        manifest = {"format": FORMAT, "counters": counters, "files": {}, "optimizers": {}}
-        for name, tensors in files.items():
-            path = temporary / f"{name}.safetensors"
-            save_file(tensors, path)  # reads the tensors' memory in place: no second copy
-            _sync(path)
-            layout = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
-            manifest["files"][name] = {"sha256": _sha256(path), "bytes": path.stat().st_size, "tensors": layout}
-        for name, optimizer in optimizers.items():
-            manifest["optimizers"][name] = {"kind": type(optimizer).__name__, "scalars": states[name][1]}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        _sync(temporary / MANIFEST)
-    return folder / f"step_{counters['step']:09d}"
+    return _write(Path(folder) / f"step_{counters['step']:09d}", model, optimizers, counters)
+
+
+def save_weights(path: Path, model: nn.Module, counters: dict) -> Path:
+    """Writes a model's weights alone and returns path, a folder, whose name is not step_*. Raises as `save`."""
+    return _write(path, model, {}, counters)
 
 
 def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
@@ -55,12 +44,10 @@ def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimiz
     """
     path = find(path)
     manifest = _read_manifest(path)
+    _check_whole(path, manifest)
     _check_same_run(path, manifest, model, optimizers)
     targets = {name: _targets(path, name, manifest, optimizer) for name, optimizer in optimizers.items()}
-    for name, entry in manifest["files"].items():
-        file = path / f"{name}.safetensors"
-        if not file.exists() or _sha256(file) != entry["sha256"]:
-            raise ValueError(f"resume={path}: {file.name} is {'damaged' if file.exists() else 'missing'} (SHA-256)")
+    _check_files(path, manifest)
     _read_into(path / "model.safetensors", model.state_dict())
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -68,6 +55,19 @@ def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimiz
         for key, value in (targets[name] | manifest["optimizers"][name]["scalars"]).items():
             index, entry = _key(key)
             optimizer.state[parameters[index]][entry] = value
+    return manifest["counters"]
+
+
+def load_weights(path: Path, model: nn.Module) -> dict:
+    """Restores a model from what `save_weights` or `save` has written there, and returns the counters.
+
+    Raises ValueError when it is damaged or of another model, before anything is changed.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    _check_layout(path, "model", manifest["files"]["model"]["tensors"], model.state_dict())
+    _check_files(path, manifest)
+    _read_into(path / "model.safetensors", model.state_dict())
     return manifest["counters"]
 
 
@@ -85,7 +85,30 @@ def find(path: Path | str) -> Path:
 
 def read_counters(path: Path | str) -> dict:
     """The counters of the checkpoint that `load` would take, without reading any tensor."""
-    return _read_manifest(find(path))["counters"]
+    path = find(path)
+    manifest = _read_manifest(path)
+    _check_whole(path, manifest)
+    return manifest["counters"]
+
+
+def _write(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], counters: dict) -> Path:
+    states = {name: _split(optimizer) for name, optimizer in optimizers.items()}
+    files = {"model": dict(model.state_dict())} | {name: tensors for name, (tensors, _) in states.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+    with _named_errors(path.parent, num_bytes), _appear(path) as temporary:
+        manifest = {"format": FORMAT, "counters": counters, "files": {}, "optimizers": {}}
+        for name, tensors in files.items():
+            file = temporary / f"{name}.safetensors"
+            save_file(tensors, file)  # reads the tensors' memory in place: no second copy
+            _sync(file)
+            layout = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
+            manifest["files"][name] = {"sha256": _sha256(file), "bytes": file.stat().st_size, "tensors": layout}
+        for name, optimizer in optimizers.items():
+            manifest["optimizers"][name] = {"kind": type(optimizer).__name__, "scalars": states[name][1]}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        _sync(temporary / MANIFEST)
+    return path
 
 
 def _split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -131,6 +154,18 @@ def _read_manifest(path: Path) -> dict:
     if manifest["format"] != FORMAT:
         raise ValueError(f"resume={path}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
     return manifest
+
+
+def _check_whole(path: Path, manifest: dict) -> None:
+    if not manifest["optimizers"]:
+        raise ValueError(f"resume={path}: these are weights alone, which no run can go on from; give the run's folder")
+
+
+def _check_files(path: Path, manifest: dict) -> None:
+    for name, entry in manifest["files"].items():
+        file = path / f"{name}.safetensors"
+        if not file.exists() or _sha256(file) != entry["sha256"]:
+            raise ValueError(f"resume={path}: {file.name} is {'damaged' if file.exists() else 'missing'} (SHA-256)")
 
 
 def _check_same_run(path: Path, manifest: dict, model: nn.Module, optimizers: dict) -> None:

@@ -39,8 +39,13 @@ def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
 
 def sweep_folder(name: str, given: list[str]) -> Path:
     """Where a sweep's jobs are: hydra.sweep.dir, or multirun/<name>, so that the same command finds them again."""
+    return said_folder(given) or Path(f"multirun/{name}")
+
+
+def said_folder(given: list[str]) -> Path | None:
+    """The hydra.sweep.dir of a command line."""
     said = [argument.partition("=")[2] for argument in given if key_of(argument) == "hydra.sweep.dir"]
-    return Path(said[-1] if said else f"multirun/{name}")
+    return Path(said[-1]) if said else None
 
 
 def job_folder(sweep: object, number: int, overrides: str) -> str:
@@ -60,9 +65,9 @@ def announce(folder: Path, num_jobs: int) -> None:
 
 
 def progress(folder: Path) -> str:
-    """Which job of the sweep in a folder comes now, and about how long all that are left take."""
+    """How many jobs of the sweep in a folder are done, by any process, and about how long all that are left take."""
     sweep, done = json.loads((folder / "sweep.json").read_text()), _num_results(folder)
-    line = f"job {done + 1} of {sweep['jobs']}"
+    line = f"{done} of {sweep['jobs']} jobs done"
     if new := done - sweep["had"]:
         line += f", about {(time.time() - sweep['began']) / new * (sweep['jobs'] - done) / 60:.0f} min left"
     return line

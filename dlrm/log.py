@@ -5,9 +5,11 @@ import math
 import os
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from dlrm.board import LAYOUT
 from dlrm.report import markdown_table
 
 HIGHER_IS_BETTER = {"auc", "accuracy", "samples_per_second", "share_of_best_auc"}  # the tag's last word
@@ -33,6 +35,7 @@ class RunLog:
         self._values: dict[str, float] = {}  # added, not yet written
         self._reasons: dict[str, str] = {}
         self._writer = SummaryWriter(str(self.folder))
+        self._writer.add_custom_scalars(LAYOUT)
         self._jsonl = (self.folder / "metrics.jsonl").open("x", encoding="utf-8")
 
     def add(self, values: dict[str, float], reasons: dict[str, str]) -> None:
@@ -62,6 +65,18 @@ class RunLog:
     def text(self, tag: str, rows: list[dict]) -> None:
         """Records rows, dicts with the same keys, as a table in TensorBoard's Text tab."""
         self._writer.add_text(tag, markdown_table(rows), 0)
+
+    def precision_recall(self, tag: str, curve: Tensor | None, step: int) -> None:
+        """Records a curve of `Metrics.precision_recall` in the PR Curves tab; None: nothing."""
+        if curve is not None:
+            self._writer.add_pr_curve_raw(tag, *curve.numpy(), step, num_thresholds=curve.shape[1])
+
+    def histogram(self, tag: str, values: Tensor, bins: str | list[float], step: int) -> None:
+        """Records the distribution of values [N]; those that are not finite are left out. bins: edges, or numpy's rule
+        or "tensorflow" for edges a factor of 1.1 apart."""
+        values = values[values.isfinite()]
+        if len(values):
+            self._writer.add_histogram(tag, values, step, bins=bins)
 
     def finish(self, results: dict) -> dict:
         """Writes summary.json and the HParams entry, closes the files, returns the summary.

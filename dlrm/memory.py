@@ -76,7 +76,37 @@ def needs(embeddings: torch.nn.Module, make_optimizer: Callable, batch_size: int
     for parameter in embeddings.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # on meta: of shapes alone
-    return Needs(embeddings.num_bytes(), optimizer_bytes(optimizer), embeddings.gradient_bytes(batch_size))
+    gradients = sum(embeddings.gradient_bytes(batch_size).values())
+    return Needs(embeddings.num_bytes(), optimizer_bytes(optimizer), gradients)
+
+
+def ledger(embeddings: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], batch_size: int) -> list[dict]:
+    """Every byte of the embeddings by feature: a row of `feature_table` each, and beside it
+
+    state_bytes         kept per id beside the weights: none of these backends keeps any
+    optimizer_bytes     of the optimizers' state, the mean of the weights (trainer.average_from) included
+    gradient_bytes      the most of a step, in a batch of one id per bag
+    serving_bytes       what inference needs: everything that the embeddings keep
+    checkpoint_bytes    of the tensors on disk
+    """
+    optimizers = list(optimizers)
+
+    def state(weight: torch.nn.Parameter) -> int:
+        values = (value for optimizer in optimizers for value in optimizer.state.get(weight, {}).values())
+        return tensor_bytes(value for value in values if torch.is_tensor(value))
+
+    states, gradients = embeddings.split(state), embeddings.gradient_bytes(batch_size)
+    return [
+        row
+        | {
+            "state_bytes": 0,
+            "optimizer_bytes": states[row["feature"]],
+            "gradient_bytes": gradients[row["feature"]],
+            "serving_bytes": row["bytes"],
+            "checkpoint_bytes": row["bytes"] + states[row["feature"]],
+        }
+        for row in embeddings.feature_table()
+    ]
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUM_BINS = 2**18  # with 10 M samples of a CTR model the AUC's error bound is 2e-6; the counts take 4 MiB
+NUM_THRESHOLDS = 65  # of a precision-recall curve: k / 64, edges of bins, so that its counts are exact
 NUM_NAN, NUM_CORRECT = 0, 1
 LOSS_SUM, PREDICTION_SUM = 0, 1
 
@@ -78,6 +79,21 @@ class Metrics:
             if math.isnan(values[name]):
                 self.reasons[name] = f"all {num_samples} labels are {int(num_positive > 0)}"
         return values
+
+    def precision_recall(self) -> Tensor | None:
+        """The curve [6, NUM_THRESHOLDS] float64 of predicting a click from probability 0, 1/64, ... 1 on.
+
+        Rows: true and false positives, true and false negatives, precision (0 where nothing is predicted), recall.
+        None where there is no curve: NaN scores, or labels of one class.
+        """
+        width = NUM_BINS // (NUM_THRESHOLDS - 1)
+        counts = self.histogram.view(2, -1, width).sum(2).cpu()  # [2, 64]
+        above = F.pad(counts.flip(1).cumsum(1).flip(1), (0, 1)).double()  # [2, 65]: from each threshold on
+        (negative, positive), (false, true) = above[:, 0], above
+        if int(self.counts[NUM_NAN]) or not negative or not positive:
+            return None
+        precision = true / (true + false).clamp(min=1)
+        return torch.stack([true, false, negative - false, positive - true, precision, true / positive])
 
 
 def _histogram_auc(histogram: Tensor) -> tuple[float, float]:

@@ -6,6 +6,7 @@ python -m dlrm.report FOLDER  writes the report of a sweep: `dlrm.sweep_report`.
 import math
 import sys
 
+from dlrm import expected
 from dlrm.memory import format_bytes
 
 NOT_LEARNED = """\
@@ -43,11 +44,14 @@ def final_table(summary: dict) -> str:
         return f"{value:.{digits}f}" if value is not None else f"none ({summary['reasons'].get(tag, 'not measured')})"
 
     auc = number("test/auc", 5)
+    if "test_at_best/step" in last:
+        auc += f" last; {number('test_at_best/auc', 5)} at the best validation AUC (step {last['test_at_best/step']:,})"
     if last.get("test/best_possible_auc") is not None and last.get("test/auc") is not None:
         share, best = last["test/share_of_best_auc"], last["test/best_possible_auc"]
         auc += f"  (best possible {best:.5f}; ours is {share:.1%} of its gain above 0.5)"
     dense = format_bytes(summary["dense_equivalent_bytes"])
-    size = f"{format_bytes(last['memory/embedding_bytes'])}  ({number('memory/compression')} of {dense} dense)"
+    asked = f"; compression={nominal:g}" if (nominal := summary.get("nominal_compression", 1)) != 1 else ""
+    size = f"{format_bytes(last['memory/embedding_bytes'])}  ({number('memory/compression')} of {dense} dense{asked})"
     rows = {
         "test AUC": auc,
         "test log loss": f"{number('test/log_loss', 5)}  (normalized entropy {number('test/normalized_entropy')})",
@@ -61,7 +65,8 @@ def final_table(summary: dict) -> str:
         "run folder": summary["folder"],
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    table = [*rows.items(), *(("expected", line) for line in expected.lines(summary))]
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in table)
 
 
 def _cell(value: object) -> str:

@@ -26,7 +26,8 @@ class TrainerSettings:
     warmup_steps: int  # steps in which the learning rate grows linearly to its value
     decay: str  # from there on: constant, or linear or cosine down to 0 at the last step
     average_from: float | None  # evaluate the mean of the weights since this share of the steps; None: the last ones
-    save_checkpoint: bool  # at the end of the run
+    save_checkpoint: bool  # at the end of the run; false: no weights stay
+    keep_best: bool  # on the disk, while the run lasts: the weights of the best eval/auc, to measure test/* on them too
     precision: str  # of the dense layers: fp32, or bf16 autocast; logits and loss are fp32
     device: str
     deterministic: bool
@@ -39,8 +40,8 @@ class TrainerSettings:
         for name in ("epochs", "max_steps"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), at_least=1)
-        for key, value in (("trainer.save_checkpoint", self.save_checkpoint), ("deterministic", self.deterministic)):
-            if not isinstance(value, bool):
+        for key in ("trainer.save_checkpoint", "trainer.keep_best", "deterministic"):
+            if not isinstance(value := getattr(self, key.removeprefix("trainer.")), bool):
                 raise ValueError(f"{key}={value}: must be true or false")
         if self.average_from is not None:
             _check_share("average_from", self.average_from)

@@ -49,11 +49,20 @@ class Configuration:
         """The paired difference of a tag, this less the other's."""
         return paired(self.by_seed(tag), other.by_seed(tag))
 
+    def mean(self, tag: str) -> float | None:
+        """Of the last values; None if no run has one."""
+        values = list(self.by_seed(tag).values())
+        return sum(values) / len(values) if values else None
+
+    @property
+    def nominal(self) -> float | None:
+        """The ratio asked for by the key `compression`; None of runs that do not say it."""
+        return self.runs[0].summary.get("nominal_compression")
+
     @property
     def num_bytes(self) -> float:
         """embedding_bytes: every parameter and buffer that the embeddings keep; the mean over runs."""
-        sizes = [run.summary["last"]["memory/embedding_bytes"] for run in self.runs]
-        return sum(sizes) / len(sizes)
+        return self.mean("memory/embedding_bytes")
 
     @property
     def dense_equivalent_bytes(self) -> int:

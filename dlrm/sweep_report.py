@@ -41,7 +41,7 @@ def report(folder: Path, baseline: str | None = None) -> int:
     if measured:
         compared_with = _baseline(measured, baseline)
         verdicts = {one.label: verdict(one, compared_with) for one in measured}
-        rows = [_row(one, compared_with, verdicts, on_front(measured)) for one in measured]
+        rows = _without_empty([_row(one, compared_with, verdicts, on_front(measured)) for one in measured])
         with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
@@ -68,6 +68,12 @@ def verdict(one: Configuration, other: Configuration) -> str:
     return "better" if difference.mean > 0 else "worse"
 
 
+def _without_empty(rows: list[dict]) -> list[dict]:
+    """The rows less the columns that none of them has."""
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return [{name: row[name] for name in names} for row in rows]
+
+
 def _baseline(measured: list[Configuration], label: str | None) -> Configuration:
     if label is not None:
         named = [one for one in measured if one.label == label]
@@ -80,14 +86,19 @@ def _baseline(measured: list[Configuration], label: str | None) -> Configuration
 
 def _row(one: Configuration, other: Configuration, verdicts: dict[str, str], edge: list[Configuration]) -> dict:
     auc, loss, difference = one.interval(TAG), one.interval("test/log_loss"), one.against(other, TAG)
+    at_best = one.interval("test_at_best/auc")
     return {
         "configuration": one.label,
         "test_auc": auc.mean,
         "test_auc_half": auc.half,
+        "test_auc_at_best": None if at_best is None else at_best.mean,
+        "test_auc_at_best_half": None if at_best is None else at_best.half,
         "test_log_loss": None if loss is None else loss.mean,
         "test_log_loss_half": None if loss is None else loss.half,
         "embedding_bytes": one.num_bytes,
+        "nominal": one.nominal,
         "of_dense": one.num_bytes / other.dense_equivalent_bytes,
+        **{f"{name}_bytes": one.mean(f"memory/{name}_bytes") for name in ("optimizer", "gradient", "serving", "peak")},
         "difference": None if difference is None else difference.mean,
         "difference_half": None if difference is None else difference.half,
         "verdict": verdicts[one.label],
@@ -101,16 +112,19 @@ def _shown(row: dict) -> dict:
     """A row for people."""
 
     def spread(name: str, sign: str = "") -> str:
-        mean, half = row[name], row[f"{name}_half"]
+        mean, half = row.get(name), row.get(f"{name}_half")
         return "" if mean is None else f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
 
     is_baseline = row["verdict"] == "baseline"
     return {
         "configuration": f"`{row['configuration']}`",
         "test AUC": spread("test_auc"),
+        **({"at best validation": spread("test_auc_at_best")} if "test_auc_at_best" in row else {}),
         "log loss": spread("test_log_loss"),
         "MiB": f"{row['embedding_bytes'] / MIB:.2f}",
+        **({"nominal": f"{row['nominal']:g}"} if "nominal" in row else {}),
         "of dense": f"{row['of_dense']:.3f}",
+        **({"peak MiB": f"{row['peak_bytes'] / MIB:,.0f}"} if "peak_bytes" in row else {}),
         "AUC less baseline's": "" if is_baseline else spread("difference", "+"),
         "verdict": row["verdict"],
         "front": "*" if row["on_front"] else "",
@@ -127,7 +141,8 @@ def _legend(runs: list[Run], measured: list[Configuration], compared_with: Confi
         facts["all with"] = [" ".join(shared)]
     return (
         "Mean and 95 % interval over seeds (Student, 1908); differences are paired by seed, with "
-        f"`{compared_with.label}`. MiB: everything the embeddings keep; of dense: of the baseline's rows.\n"
+        f"`{compared_with.label}`. MiB: everything the embeddings keep; nominal: the ratio asked for;\n"
+        "of dense: the true one, of the baseline's rows; peak: the process's measured maximum.\n"
         "Front: no other configuration has at least this AUC in fewer bytes.\n"
         + "".join(f"{name}: {', '.join(values)}\n" for name, values in facts.items())
     )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dlrm import checkpoint, memory
 from dlrm.average import WeightAverage
+from dlrm.best import BestWeights
+from dlrm.board import NUM_SAMPLES, add_feature_histograms
 from dlrm.evaluation import Evaluation, evaluate, predict
 from dlrm.interrupt import Interrupt, Stop
 from dlrm.log import RunLog
@@ -56,6 +58,8 @@ class Trainer:
         self.saved = self.optimizers | ({} if self.average is None else {"average": self.average})
         self.num_steps = settings.num_steps(self.num_train)
         self.eval_split = "valid" if dataset.num_samples["valid"] else "test"
+        chooses = settings.keep_best and settings.eval_every and self.eval_split == "valid"
+        self.best = BestWeights(log.folder / "checkpoints") if chooses else None
         # the loop's state, which a checkpoint keeps beside the tensors; sample: how many of this epoch are trained on
         self.step = self.epoch = self.sample = 0
         # of this process: samples trained on, seconds of training and of evaluation, the losses not yet logged
@@ -91,9 +95,11 @@ class Trainer:
         CUDA, where to look is to wait, when the loss is logged, naming the steps since the last time.
         """
         began, results = time.perf_counter(), {"status": "failed", "checkpoint": None, "checkpoint_error": None}
-        self.log.text("embeddings/features", self.model.embeddings.feature_table())
+        self.log.text("embeddings/features", self._ledger())
         if self.eval_split == "test":
             print("no validation samples: eval/* is measured on the test split, so the best of eval/* is chosen on it")
+        if self.step and self.best is not None:
+            print(f"resumed at step {self.step:,}: the best eval/auc is that of this run's own evaluations")
         if (warmup := self.settings.warmup_steps) >= self.num_steps:
             when = "never reaches its value" if warmup > self.num_steps else "reaches its value only at the last step"
             print(f"the learning rate {when}: warm-up takes {warmup:,} of {self.num_steps:,} steps")
@@ -112,6 +118,8 @@ class Trainer:
         finally:
             self._add_memory()
             self.log.write(self.step)
+            if self.best is not None and not self.settings.save_checkpoint:
+                self.best.remove()
             summary = self.log.finish(self._facts() | results | {"seconds": time.perf_counter() - began})
         print(final_table(summary))
         return summary
@@ -209,18 +217,25 @@ class Trainer:
         self.progress.show(f"step {self.step:,} loss {loss:.4f}")
 
     def _evaluate(self, split: str, *, exact: bool) -> Evaluation:
+        check = self.interrupt.check
+        with self._evaluating():
+            return evaluate(self.model, self.dataset, split, settings=self.settings, check=check, exact=exact)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, the model has the weights that are evaluated, their mean if the run averages; no training time."""
         began = self._now()
         try:
-            check = self.interrupt.check
             with nullcontext() if self.average is None else self.average.applied():
-                return evaluate(self.model, self.dataset, split, settings=self.settings, check=check, exact=exact)
+                yield
         finally:
             self.eval_seconds += self._now() - began
 
     def _add_evaluation(self, evaluation: Evaluation, *, is_last: bool) -> None:
-        """Logs eval/*, says it, and says so loudly when the constant predictor is as good."""
+        """Logs eval/*, says it, and says so loudly when the constant predictor is as good; keeps the best weights."""
         (values, reasons), split = evaluation.values(), self.eval_split
         self.log.add(_tagged("eval", values), _tagged("eval", reasons))
+        self.log.precision_recall("eval/precision_recall", evaluation.metrics.precision_recall(), self.step)
         self._say(
             f"step {self.step:,}  {split} AUC {values['auc']:.5f} (+-{values['auc_bound']:.0e})  "
             f"log loss {values['log_loss']:.5f}  normalized entropy {values['normalized_entropy']:.4f}"
@@ -230,9 +245,14 @@ class Trainer:
         if entropy >= 1 and (is_last or not self.has_warned):
             self.has_warned = True
             self._say(NOT_LEARNED.format(entropy=entropy, split=split, step=self.step))
+        if self.best is not None:
+            with self._evaluating():
+                self.best.offer(self.model, values["auc"], self.step)
+            if self.best.step == self.step and self.best.error is not None:
+                self._say(f"the weights of step {self.step:,}, the best so far, are not kept: {self.best.error}")
 
     def _evaluate_at_end(self) -> None:
-        """Evaluates on both splits; test/auc is exact."""
+        """Evaluates on both splits, on test the best weights too; test/auc is exact."""
         self.interrupt.check()
         on_test = self._evaluate("test", exact=True)
         self._add_evaluation(
@@ -240,6 +260,26 @@ class Trainer:
         )
         values, reasons = on_test.exact_values(self.dataset.best_possible_auc("test"))
         self.log.add(_tagged("test", values), _tagged("test", reasons))
+        self.log.precision_recall("test/precision_recall", on_test.metrics.precision_recall(), self.step)
+        del on_test  # its scores, before others come
+        with self._evaluating():
+            batch = next(iter(self.dataset.batches("train", NUM_SAMPLES)))
+            add_feature_histograms(self.log, self.model.embeddings, batch, self.step, self.settings)
+        if self.best is not None and self.best.step is not None:
+            self._add_test_at_best(values, reasons)
+
+    def _add_test_at_best(self, values: dict[str, float], reasons: dict[str, str]) -> None:
+        """Logs test/* of the best weights, which replace the evaluated ones. values, reasons: of the last ones."""
+        if self.best.step != self.step:
+            try:
+                with self._evaluating():
+                    self.best.load(self.model)
+            except (ValueError, OSError) as error:
+                values, reasons = {"auc": math.nan}, {"auc": f"the weights of the best step are not there: {error}"}
+            else:
+                on_test = self._evaluate("test", exact=True)
+                values, reasons = on_test.exact_values(self.dataset.best_possible_auc("test"))
+        self.log.add(_tagged("test_at_best", values | {"step": self.best.step}), _tagged("test_at_best", reasons))
 
     def _add_memory(self) -> None:
         embeddings = self.model.embeddings
@@ -253,6 +293,10 @@ class Trainer:
             "compression": embeddings.num_bytes() / embeddings.dense_equivalent_bytes(),
         }
         self.log.add(_tagged("memory", values), {})
+
+    def _ledger(self) -> list[dict]:
+        """The embeddings' bytes by feature; those of optimizers whose state comes with the first step are 0 before."""
+        return memory.ledger(self.model.embeddings, self.saved.values(), self.settings.batch_size)
 
     def _save(self) -> dict:
         """What the summary says of the checkpoint, once it is saved; without it the results are still worth having."""
@@ -273,6 +317,7 @@ class Trainer:
             "data": self.dataset.describe(),
             "data_fingerprint": self.dataset.fingerprint,
             "eval_split": self.eval_split,
+            "best_weights": None if self.best is None or self.best.kept is None else str(self.best.kept),
             "steps": self.step,
             "epochs": self.epoch + self.sample / self.num_train,
             "samples": self.num_samples,
@@ -280,7 +325,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "beats_constant_predictor": self.beats_constant_predictor,
             "dense_equivalent_bytes": self.model.embeddings.dense_equivalent_bytes(),
-            "features": self.model.embeddings.feature_table(),
+            "features": self._ledger(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "precision": self.settings.precision,

@@ -1,12 +1,15 @@
 """EmbeddingBags: every sparse feature of a model, each with its own backend, one launch per distinct backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from embeddings.arrangement import Lookup
 from embeddings.backend import Backend
+from embeddings.collisions import collision_traffic
 from embeddings.ops import Pooling
-from embeddings.slab import Slab, backends_of, weights_of
+from embeddings.slab import Slab, apportion, backends_of, weights_of
 
 
 class EmbeddingBags(nn.Module):
@@ -87,6 +90,11 @@ class EmbeddingBags(nn.Module):
         for slab in self.slabs:
             slab.raise_noted()
 
+    def collision_traffic(self, ids: Tensor, offsets: Tensor | None = None) -> dict[str, Tensor]:
+        """Feature -> of each of its lookups the share of the numbers read that another id of the batch reads too."""
+        traffic = collision_traffic(self.slabs, self._order, ids, None if offsets is None else offsets.long())
+        return dict(zip(self._order, traffic, strict=True))
+
     def table_backends(self) -> dict[str, Backend]:
         """Feature -> its backend."""
         return backends_of(self.slabs, self._order)
@@ -99,9 +107,14 @@ class EmbeddingBags(nn.Module):
         """embedding_bytes: every parameter and every buffer that the embeddings keep."""
         return sum(t.numel() * t.element_size() for t in [*self.parameters(), *self.buffers()])
 
-    def gradient_bytes(self, batch_size: int) -> int:
-        """The most that one step's gradients of the weights take, in a batch of one id per bag."""
-        return sum(slab.gradient_bytes(batch_size) for slab in self.slabs)
+    def gradient_bytes(self, batch_size: int) -> dict[str, int]:
+        """Feature -> the most that one step's gradient of its weights takes, in a batch of one id per bag."""
+        return {feature: size for slab in self.slabs for feature, size in slab.gradient_bytes(batch_size).items()}
+
+    def split(self, num_bytes: Callable[[nn.Parameter], int]) -> dict[str, int]:
+        """Feature -> its part of what somebody keeps for each slab's weight: by the weights of the features."""
+        shares = (apportion(num_bytes(slab.weight), slab.weights_kept()) for slab in self.slabs)
+        return {feature: size for share in shares for feature, size in share.items()}
 
     def state_bytes(self) -> int:
         """The bytes kept per id beside the weights (hash caches, pointers, dictionaries): these backends keep none."""

@@ -40,7 +40,7 @@ class _Rows(Optimizer):
                 else:
                     self.update_rows(param, None, param.grad, state, group)
 
-    def initial_state(self, param: Tensor) -> dict[str, Tensor]:
+    def initial_state(self, param: Tensor) -> dict[str, Tensor | int]:
         return {}
 
     def update_rows(self, param: Tensor, slots: Tensor | None, grads: Tensor, state: dict, group: dict) -> None:
@@ -128,13 +128,13 @@ class Adam(_Rows):
                 raise ValueError(f"{name}={beta} must be in [0, 1)")
         super().__init__(params, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
 
-    def initial_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.zeros(()), "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
+    def initial_state(self, param: Tensor) -> dict[str, Tensor | int]:
+        return {"step": 0, "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
 
     def update_rows(self, param, slots, grads, state, group) -> None:
         beta1, beta2 = group["beta1"], group["beta2"]
         state["step"] += 1
-        step = int(state["step"])
+        step = int(state["step"])  # a tensor in checkpoints of earlier versions
         mean = _read(state["mean"], slots).lerp(grads, 1 - beta1)
         square = _read(state["square"], slots).lerp(grads * grads, 1 - beta2)
         _write(state["mean"], slots, mean)

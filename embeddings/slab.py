@@ -28,6 +28,15 @@ def weights_of(slabs: Iterable["Slab"], names: Iterable[str]) -> dict[str, list[
     return {name: slab_of[name].arrangement.weights(slab_of[name].weight, name) for name in names}
 
 
+def apportion(total: int, parts: dict[str, int]) -> dict[str, int]:
+    """total in whole numbers by the ratio of the parts, of which one at least is not 0; they sum to total."""
+    shares, before, whole = {}, 0, sum(parts.values())
+    for name, part in parts.items():
+        shares[name] = total * (before + part) // whole - total * before // whole
+        before += part
+    return shares
+
+
 class Slab(nn.Module):
     """Vectors of tables that share a backend, but for embedding_dim.
 
@@ -106,40 +115,53 @@ class Slab(nn.Module):
         repeats = crowded or not self.weight.is_cuda or torch.are_deterministic_algorithms_enabled()
         return Accumulate.SORTED if repeats else Accumulate.ATOMIC
 
-    def gradient_bytes(self, batch_size: int) -> int:
-        """The most that one step's gradient of `weight` takes, in a batch of one id per bag."""
+    def weights_kept(self) -> dict[str, int]:
+        """Table -> the numbers kept for it; those of a shared pool are counted by rows."""
+        if self.backend.is_shared:
+            return apportion(self.weight.numel(), self.rows)
+        return {table: sum(s.num_slots * s.width for s in slices) for table, slices in self.slices.items()}
+
+    def gradient_bytes(self, batch_size: int) -> dict[str, int]:
+        """Table -> the most that one step's gradient of its weights takes, in a batch of one id per bag."""
         num_units, unit = self.weight.shape
-        if self._accumulate == Accumulate.ROWS:  # the units that ids may touch, and a number for each
-            reads = sum(dim for _, _, dim, *_ in self.arrangement.tables) // unit * batch_size
-            return min(num_units, reads) * (unit * self.weight.element_size() + INDEX_BYTES)
-        return self.weight.numel() * self.weight.element_size()
+        size = self.weight.element_size()
+        if self._accumulate != Accumulate.ROWS:
+            return {table: weights * size for table, weights in self.weights_kept().items()}
+        # units that ids may touch: of each the gradient has the values and its number
+        reads = dict.fromkeys(self.rows, 0)
+        for i, (_, _, dim, *_) in enumerate(self.arrangement.tables):
+            reads[self.arrangement.lookups[i // self.layout[1]].table] += dim // unit * batch_size
+        if self.backend.is_shared:
+            touched = apportion(min(num_units, sum(reads.values())), reads)
+        else:
+            touched = {table: min(weights // unit, reads[table]) for table, weights in self.weights_kept().items()}
+        return {table: units * (unit * size + INDEX_BYTES) for table, units in touched.items()}
 
     def raise_noted(self) -> None:
         """Wait for the device and raise RuntimeError if its kernels met a bad id; the CPU raises at once."""
         torch.ops.embeddings.raise_noted(self.weight.detach(), self.arrangement.features)
 
     def feature_table(self, extra_bytes: int) -> list[dict]:
-        """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, compression.
+        """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, nominal and compression: the
+        ratio asked for, and the true one of all bytes.
 
-        A shared pool's weights are counted to the features by their rows. extra_bytes: what the collection keeps for
-        each feature beside the slab."""
-        rows, before, total = [], 0, sum(self.rows.values())
-        for feature, n in self.rows.items():
-            weights = sum(s.num_slots * s.width for s in self.slices[feature])
-            if self.backend.is_shared:
-                before, weights = before + n, weights * (before + n) // total - weights * before // total
+        extra_bytes: what the collection keeps for each feature beside the slab."""
+        table = []
+        for feature, weights in self.weights_kept().items():
+            backend, n = self.backends[feature], self.rows[feature]
             size = weights * NUMBER_BYTES + self.layout[1] * TABLE_BYTES + extra_bytes
-            rows.append(
+            table.append(
                 {
                     "feature": feature,
                     "rows": n,
-                    "backend": self.backend.name,
+                    "backend": backend.name,
                     "weights": weights,
                     "bytes": size,
-                    "compression": size / self.backends[feature].dense_bytes(n),
+                    "nominal": backend.compression if backend.compresses else 1.0,
+                    "compression": size / backend.dense_bytes(n),
                 }
             )
-        return rows
+        return table
 
     def extra_repr(self) -> str:
         return f"{self.backend}, {len(self.rows)} tables, weight={tuple(self.weight.shape)}"

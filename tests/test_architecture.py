@@ -11,6 +11,7 @@ OURS = {*FLOORS, "train"}
 ALLOWED = {"embeddings": {"embeddings"}, "data": {"data"}, "dlrm": {"dlrm", "embeddings", "data"}, "train": OURS}
 SOURCES = [*(path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))), ROOT / "train.py"]
 SOURCES = [path for path in SOURCES if path.exists()]
+pytestmark = pytest.mark.once
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 
 

@@ -1,6 +1,7 @@
 """docs/conformance.md has a row for every line of the list, and every test that it names exists."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def rows() -> dict[str, list[str]]:
     return {line: cells for line, *cells in found}
 
 
+@functools.cache
 def defined_in(file: str) -> set[str]:
     return {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
@@ -33,13 +35,12 @@ def test_every_line_has_a_row_in_the_lists_order_and_a_status():
 
 
 def test_every_test_named_exists_and_every_line_names_one():
-    defined = {}
     for line, (_, cell, *_) in rows().items():
         named = re.findall(r"`([^`]+\.py)::(test_\w+)`", cell)
         assert cell == "<br>".join(f"`{file}::{test}`" for file, test in named) or line in MEASURED
         assert bool(named) != (line in MEASURED), line
         for file, test in named:
-            assert test in defined.setdefault(file, defined_in(file)), f"{line}: {file} has no {test}"
+            assert test in defined_in(file), f"{line}: {file} has no {test}"
     modules = re.findall(r"python -m ([\w.]+)", " ".join(rows()[line][1] for line in MEASURED))
     assert len(modules) == len(MEASURED)
     assert all((TESTS.parent / f"{module.replace('.', '/')}.py").exists() for module in modules)

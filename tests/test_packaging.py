@@ -18,6 +18,7 @@ import embeddings
 from embeddings import native
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.once
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Another project's first minute: block = D, so the one id owns its slot, and SGD with lr 1 on the sum takes exactly 1.
 STEP = """
@@ -111,6 +112,7 @@ def test_a_wheel_reads_its_own_csrc_and_a_checkout_the_one_beside_the_package(wh
         (["trainer"], ["requirements.txt"]),
         (["trainer", "dev"], ["requirements.txt", "requirements-dev.txt"]),
         (["trainer", "torchrec"], ["requirements.txt", "requirements-torchrec.txt"]),
+        (["trainer", "joblib", "submitit", "optuna"], ["requirements.txt", "requirements-launchers.txt"]),
     ],
 )
 def test_pins_lie_within_the_declared_ranges(extras, files):

@@ -2,16 +2,21 @@
 
 import csv
 import json
+import multiprocessing
+import os
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from dlrm import jobs
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -81,6 +86,7 @@ def test_every_backend_learns(name, cli, tmp_path):
     assert summary_of(tmp_path / "run")["last"]["test/share_of_best_auc"] > 0.9
 
 
+@pytest.mark.once
 def test_sweep_makes_a_folder_per_job(cli, tmp_path):
     status, _, err = cli("-m", "embedding=dense,hashed", "compression=0.5,0.1", *SMALL)
     assert status == 0, err
@@ -89,6 +95,27 @@ def test_sweep_makes_a_folder_per_job(cli, tmp_path):
     backends = [[row["backend"] for row in summary_of(folder)["features"]] for folder in folders]
     assert backends == [["dense"] * 3] * 2 + [["dense", "hashed", "hashed"]] * 2
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.once
+def test_a_job_that_fails_is_kept_and_named_at_the_end_and_the_others_go_on(cli, tmp_path):
+    status, _, err = cli("-m", "embedding=hashed", "compression=0.00001,0.5", "hydra.sweep.dir=two", *SMALL)
+    assert status == 1
+    assert "1 of 2 runs have no result:\n  two/0 [embedding=hashed compression=1e-05" in err
+    assert err.splitlines()[-1].partition("]: failed: ConfigError: compression=1e-05: ")[2]
+    assert (tmp_path / "two/0/error.txt").read_text().startswith("ConfigError: compression=1e-05: ")
+    assert summary_of(tmp_path / "two/1")["status"] == "completed" and not (tmp_path / "multirun").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("named", [[], ["sweep=pareto"]], ids=["", "named"])
+def test_a_launcher_that_fails_is_status_1(named, cli, monkeypatch):
+    def run():
+        raise RuntimeError("no sbatch on this machine\nand more")
+
+    monkeypatch.setattr(train, "run", run)
+    status, _, err = cli("-m", *named, "seed=0,1")
+    assert status == 1 and set(err.splitlines()) == {"error: no sbatch on this machine"}
 
 
 def test_a_feature_gets_its_own_backend_and_ratio(cli, tmp_path):
@@ -195,6 +222,7 @@ def test_an_experiment_mixes_four_backends_over_the_features(cli, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.once
 def test_a_run_folder_is_never_overwritten(cli, tmp_path):
     assert cli(*SMALL, "hydra.run.dir=mine")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
@@ -203,11 +231,13 @@ def test_a_run_folder_is_never_overwritten(cli, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
 
 
+@pytest.mark.once
 def test_a_refused_run_leaves_no_folder(cli, tmp_path):
     assert cli("compression=2")[0] == 2
     assert not list((tmp_path / "runs").glob("*/*"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("bad", ["model.top_mlp=[64,2]", "+model.foo=1", "resume=nowhere"])
 def test_model_and_resume_are_refused_before_data_is_read(bad, cli, ratings):
     status, out, err = cli("data=movielens", f"data.path={ratings}", bad)
@@ -287,6 +317,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("arguments, words", REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
 def test_refused_with_the_key_and_what_is_allowed(arguments, words, cli):
     status, out, err = cli(*SMALL, *arguments)
@@ -296,6 +327,7 @@ def test_refused_with_the_key_and_what_is_allowed(arguments, words, cli):
     assert "Traceback" not in err
 
 
+@pytest.mark.once
 def test_every_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(cli):
     keys = [*train.keys_below(""), *(f"trainer.{key}" for key in train.keys_below("trainer"))]
     keys = [key for key in keys if key not in ("features", "trainer")]
@@ -308,6 +340,7 @@ def test_every_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(c
     assert right >= 0.95 * len(keys)
 
 
+@pytest.mark.once
 def test_misspelt_key_is_refused_by_the_real_process_with_status_2(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "compresion=0.1"],
@@ -356,31 +389,29 @@ def test_what_a_run_says_it_needs_before_it_allocates_is_what_it_holds(name, opt
     )  # headers, the manifest
 
 
-# --- named sweeps ----------------------------------------------------------------------------------------------------
+# --- named sweeps, launchers and searches -----------------------------------------------------------------------------
 
-THREE = [
-    "-m",
-    "sweep=pareto",
-    "seed=0",
-    "embedding=hashed",
-    "data.min_count=1",
-    "trainer.save_checkpoint=false",
-    *SMALL,
-]
+TINY = [*SMALL, "trainer.save_checkpoint=false", "data.num_samples={train: 1024, valid: 512, test: 512}"]
+THREE = ["-m", "sweep=pareto", "seed=0", "embedding=hashed", "data.min_count=1", *TINY]
+ONE = [*THREE, "embedding.block=8", "embedding.shared=true"]  # makes the three grids one
+
+
+MEASURED = ("samples_per_second", "peak_bytes")
 
 
 def results(folder: Path) -> list[dict]:
-    """The rows of a sweep's report, less its speed."""
+    """The rows of a sweep's report, less what is measured of the machine."""
     rows = list(csv.DictReader((folder / "report.csv").open()))
-    return [{key: value for key, value in row.items() if key != "samples_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
 
+@pytest.mark.once
 def test_a_named_sweep_runs_its_grids_reports_and_runs_again_only_what_is_missing(cli, tmp_path):
     status, out, err = cli(*THREE, "compression=0.5")
     assert status == 0, err
     folder = tmp_path / "multirun/pareto"
     first, folders = results(folder), sorted(path.parent for path in folder.glob("*/summary.json"))
-    assert len(first) == len(folders) == 3 and "job 3 of 3" in out and first[0]["configuration"] in out
+    assert len(first) == len(folders) == 3 and "2 of 3 jobs done" in out and first[0]["configuration"] in out
     when = [(path / "summary.json").stat().st_mtime_ns for path in folders]
     (folders[1] / "summary.json").unlink()  # as a kill leaves it
     status, out, err = cli(*THREE, "compression=0.5")
@@ -391,34 +422,113 @@ def test_a_named_sweep_runs_its_grids_reports_and_runs_again_only_what_is_missin
     assert (folders[1] / "attempt-1/metrics.jsonl").exists()
 
 
+@pytest.mark.once
 def test_a_sweep_goes_on_after_a_job_that_fails_names_it_and_ends_with_status_1(cli, tmp_path):
-    status, out, err = cli(*THREE, "compression=0.5,0.00001")
+    status, out, err = cli(*ONE, "compression=0.00001,0.5")
     assert status == 1
-    assert len(results(tmp_path / "multirun/pareto")) == 3
-    assert "3 runs have no result" in out and "compression=1e-05" in out and "cannot reach it" in out
-    assert err.count("FAILED") == 3
+    assert len(results(tmp_path / "multirun/pareto")) == 1
+    assert "1 runs have no result" in out and "compression=1e-05" in out and "cannot reach it" in out
+    assert err.count("FAILED") == 1
 
 
+@pytest.mark.once
 def test_a_sweeps_folder_with_the_result_of_another_configuration_is_refused_and_kept(cli, tmp_path):
-    assert cli(*THREE, "compression=0.5")[0] == 0
-    file = sorted((tmp_path / "multirun/pareto").glob("*/summary.json"))[0]
-    file.write_text(
-        file.read_text().replace(summary_of(file.parent)["config_hash"], "0" * 16)
-    )  # conf has changed since
-    kept = file.read_text()
-    status, _, err = cli(*THREE, "compression=0.5")
+    assert cli(*ONE, "compression=0.5")[0] == 0
+    (file,) = (tmp_path / "multirun/pareto").glob("*/summary.json")
+    kept = file.read_text().replace(summary_of(file.parent)["config_hash"], "0" * 16)  # conf has changed since
+    file.write_text(kept)
+    status, _, err = cli(*ONE, "compression=0.5")
     assert status == 2 and "has the result of another configuration" in err and "hydra.sweep.dir" in err
     assert file.read_text() == kept
 
 
-def test_a_sweep_without_multirun_or_of_an_unknown_name_is_refused(cli, tmp_path):
+@pytest.mark.once
+def test_a_sweep_without_multirun_of_an_unknown_name_or_with_a_search_is_refused(cli, tmp_path):
     status, _, err = cli("sweep=pareto")
     assert status == 2 and "python train.py -m sweep=pareto" in err
     status, _, err = cli("-m", "sweep=paret")
-    assert status == 2 and "sweep=paret: must be one of pareto - did you mean pareto?" in err
+    assert status == 2 and err.startswith("error: sweep=paret: must be one of ") and "did you mean pareto?" in err
+    status, _, err = cli("-m", "sweep=pareto", "hydra/sweeper=optuna")
+    assert status == 2 and "it takes no hydra/sweeper" in err
     assert not list(tmp_path.iterdir())
 
 
+def _run_without_main(folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder)
+    sys.argv = ["train.py", *arguments]
+    train.run()
+
+
+@pytest.mark.once
+def test_a_job_in_a_fresh_process_finds_its_resolvers_and_leaves_its_folder(cli, tmp_path):
+    folder = tmp_path / "multirun/pareto"
+    jobs.announce(folder, 1)
+    arguments = [*ONE, "compression=0.5", f"hydra.sweep.dir={folder}"]
+    other = multiprocessing.get_context("spawn").Process(target=_run_without_main, args=(tmp_path, arguments))
+    other.start()
+    other.join(timeout=100)
+    assert other.exitcode == 0
+    (job,) = (path.parent for path in folder.glob("*/summary.json"))
+    assert job.name.startswith("compression=0.5,") and summary_of(job)["status"] == "completed"
+    status, out, err = cli(*ONE, "compression=0.5")
+    assert status == 0 and out.count("has its result") == 1, err
+
+
+@pytest.mark.once
+@pytest.mark.launchers
+@pytest.mark.parametrize("launcher, package", [("joblib", "joblib"), ("submitit_local", "submitit")])
+def test_a_launchers_jobs_end_as_those_of_one_process(launcher, package, cli, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
+    arguments = ["-m", "embedding=hashed", "compression=0.00001,0.5", *TINY]
+    assert cli(*arguments, "hydra.sweep.dir=one")[0] == 1
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, f"hydra/launcher={launcher}"]
+    done = subprocess.run([*command, "hydra.sweep.dir=many"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 of 2 runs have no result" in done.stderr, done.stderr
+    assert "ConfigError: compression=1e-05" in (tmp_path / "many/0/error.txt").read_text()
+    one, many = (summary_of(tmp_path / name / "1") for name in ("one", "many"))
+    assert one["last"]["test/log_loss"] == many["last"]["test/log_loss"] and one["config_hash"] == many["config_hash"]
+    named = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *ONE, "compression=0.5,0.2", f"hydra/launcher={launcher}"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert named.returncode == 0, named.stderr
+    assert len(results(tmp_path / "multirun/pareto")) == 2
+
+
+@pytest.mark.once
+@pytest.mark.launchers
+def test_optuna_maximises_the_validation_auc(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "embedding=hashed"]
+    search += ["compression=choice(0.5,0.2)", "optimizer.dense.lr=interval(0.001,0.1)", *TINY]
+    maximise = "hydra.sweeper.direction=maximize"
+    status, _, err = cli(*search, maximise, "hydra.sweep.dir=found")
+    assert status == 0, err
+    aucs = [summary_of(tmp_path / f"found/{number}")["last"]["eval/auc"] for number in range(3)]
+    assert yaml.safe_load((tmp_path / "found/optimization_results.yaml").read_text())["best_value"] == max(aucs)
+    status, _, err = cli(
+        *search, maximise, "hydra.sweep.dir=test", "data.num_samples={train: 1024, valid: 0, test: 512}"
+    )
+    assert status == 2 and "a search is judged on the validation split" in err
+    status, _, err = cli(
+        *search, maximise, "hydra.sweep.dir=fails", "hydra.sweeper.max_failure_rate=1", "device=cuda:99"
+    )
+    assert status == 1 and "3 of 3 runs have no result" in err
+
+
+@pytest.mark.once
+def test_a_search_that_would_minimise_is_refused(monkeypatch):
+    for direction, answer in ((None, False), ("maximize", True)):
+        sweeper = {} if direction is None else {"direction": direction}
+        monkeypatch.setattr(train.HydraConfig, "initialized", lambda: True)
+        monkeypatch.setattr(train.HydraConfig, "get", lambda sweeper=sweeper: SimpleNamespace(sweeper=sweeper))
+        assert train.is_search() == answer
+    monkeypatch.setattr(train.HydraConfig, "get", lambda: SimpleNamespace(sweeper={"direction": "minimize"}))
+    with pytest.raises(train.ConfigError, match="direction=minimize: runs are judged by eval/auc"):
+        train.is_search()
+
+
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_sweep_killed_at_random_moments_gives_the_report_of_one_never_killed(cli, tmp_path):
     arguments = [*THREE, "compression=0.5,0.2", "data.num_samples={train: 200000, valid: 1024, test: 1024}"]

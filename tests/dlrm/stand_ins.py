@@ -1,6 +1,6 @@
 """The smallest embeddings, data and settings that the recommender accepts: its tests need no other package."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -19,6 +19,7 @@ SETTINGS = {
     "decay": "linear",
     "average_from": None,
     "save_checkpoint": True,
+    "keep_best": False,  # it leaves other weights than the last in the model
     "precision": "fp32",
     "device": "cpu",
     "deterministic": True,
@@ -52,6 +53,15 @@ class StandInBags(nn.Module):
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     state_bytes = dense_equivalent_bytes = num_bytes
+
+    def gradient_bytes(self, batch_size: int) -> dict[str, int]:
+        return self.split(lambda weight: weight.numel() * 4)
+
+    def split(self, num_bytes: Callable) -> dict[str, int]:
+        return {name: num_bytes(bag.weight) for name, bag in zip(self.names, self.bags, strict=True)}
+
+    def collision_traffic(self, ids: Tensor, offsets: Tensor | None) -> dict[str, Tensor]:
+        return {name: torch.zeros(len(ids) // self.num_features) for name in self.names}
 
     def feature_table(self) -> list[dict]:
         return [

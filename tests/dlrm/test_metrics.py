@@ -147,3 +147,20 @@ def test_auc_of_planted_ranks():
 def test_entropy_of_a_fair_coin_is_log_two():
     assert entropy(0.5) == pytest.approx(math.log(2))
     assert entropy(1e-12) == pytest.approx(1e-12 * (math.log(1e12) + 1))
+
+
+def test_precision_recall_counts_what_each_threshold_separates():
+    logits, labels = click_samples(3000)
+    curve = streamed(logits, labels, 700).precision_recall()
+    probabilities, is_click = torch.sigmoid(logits.double()).numpy(), labels.numpy() > 0.5
+    for k, (true, false, true_not, false_not, precision, recall) in enumerate(curve.T.tolist()):
+        chosen = probabilities >= k / 64
+        assert (true, false) == ((chosen & is_click).sum(), (chosen & ~is_click).sum())
+        assert (true_not, false_not) == ((~chosen & ~is_click).sum(), (~chosen & is_click).sum())
+        assert precision == (true / chosen.sum() if chosen.any() else 0) and recall == true / is_click.sum()
+    assert curve.shape == (6, 65) and curve[0, -1] == 0
+
+
+@pytest.mark.parametrize(("logits", "labels"), [([], []), ([0.1, 2.0], [1, 1]), ([0.1], [0]), ([math.nan, 1], [0, 1])])
+def test_precision_recall_of_nan_or_of_one_class_is_none(logits, labels):
+    assert streamed(torch.tensor(logits), torch.tensor(labels)).precision_recall() is None

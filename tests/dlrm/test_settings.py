@@ -32,6 +32,7 @@ def make_settings(**changes):
         ({"precision": "fp16"}, r"precision=fp16: must be one of fp32, bf16"),
         ({"device": "gpu"}, "device=gpu: must be one of cpu, cuda"),
         ({"save_checkpoint": 3}, "trainer.save_checkpoint=3: must be true or false"),
+        ({"keep_best": 1}, "trainer.keep_best=1: must be true or false"),
         ({"save_checkpoint": "no"}, "trainer.save_checkpoint=no: must be true or false"),
         ({"deterministic": 1}, "deterministic=1: must be true or false"),
     ],

@@ -91,6 +91,39 @@ def test_a_report_says_means_verdicts_and_the_front_and_draws_them(sweep, capsys
     assert 'src="http' not in html and "src='http" not in html  # one file, no network
 
 
+def test_a_column_at_the_best_validation_step_is_there_if_any_run_has_it(sweep):
+    assert main([str(sweep)]) == 0
+    assert "at best validation" not in (sweep / "report.md").read_text()
+    path = sweep / "qr-1/summary.json"
+    summary = json.loads(path.read_text())
+    summary["last"] |= {"test_at_best/auc": 0.7777, "test_at_best/step": 300}
+    path.write_text(json.dumps(summary))
+    assert main([str(sweep)]) == 0
+    rows = list(csv.DictReader((sweep / "report.csv").open()))
+    assert [row["test_auc_at_best"] for row in rows] == ["", "", "0.7777"]
+    header, _, *lines = (sweep / "report.md").read_text().splitlines()
+    assert header.split(" | ")[1:3] == ["test AUC", "at best validation"] and lines[2].split(" | ")[2] == "0.7777"
+
+
+def test_the_report_has_the_ratio_asked_for_beside_the_true_one_and_the_ledger(tmp_path):
+    for name, nominal, size in (("dense", 1.0, 4000.0), ("hashed", 0.1, 440.0)):
+        memory = {"optimizer": 50.0, "gradient": 70.0, "serving": 900.0, "peak": 3 * 2**20}
+        for seed in (0, 1):
+            folder = tmp_path / f"{name}-{seed}"
+            make_run(folder, f"embedding={name}", f"seed={seed}", size=size, nominal_compression=nominal)
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["last"] |= {f"memory/{part}_bytes": value + 2 * seed for part, value in memory.items()}
+            (folder / "summary.json").write_text(json.dumps(summary))
+    assert main([str(tmp_path)]) == 0
+    row = list(csv.DictReader((tmp_path / "report.csv").open()))[1]
+    assert float(row["nominal"]) == 0.1 and float(row["of_dense"]) == 0.11
+    parts = ("optimizer", "gradient", "serving", "peak")
+    assert [float(row[f"{part}_bytes"]) for part in parts] == [51, 71, 901, 3 * 2**20 + 1]
+    header, _, _, line = (tmp_path / "report.md").read_text().splitlines()[:4]
+    shown = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert (shown["nominal"], shown["of dense"], shown["peak MiB"]) == ("0.1", "0.110", "3")
+
+
 def test_another_baseline_can_be_named_and_an_unknown_one_is_refused(sweep, capsys):
     assert main([str(sweep), "--baseline", "embedding=hashed"]) == 0
     rows = list(csv.DictReader((sweep / "report.csv").open()))
@@ -173,7 +206,7 @@ def _try(folder: Path, answers) -> None:
 
 
 def test_a_job_is_claimed_by_one_process_until_that_lets_go(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # its own open of the file is what a lock is of; spawn takes seconds
     answers = context.Queue()
 
     def other() -> bool:

@@ -1,16 +1,21 @@
 """Building the kernels: once, whoever asks; never at import; and a compiler that fails is told of in its own words."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(os.environ.get("EMBEDDINGS_NATIVE") == "off", reason="EMBEDDINGS_NATIVE=off")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(os.environ.get("EMBEDDINGS_NATIVE") == "off", reason="EMBEDDINGS_NATIVE=off"),
+]
 
 LOAD = """
 import torch
@@ -20,6 +25,10 @@ batch = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, torch.tensor([[0, 0
 args = (*batch, 2, 1, 1, 0, 0, 0, 0, "C1")
 print(loaded, torch.ops.embeddings.bag(*args).sum().item())
 """
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch"])  # imported once, for all that come from it; embeddings is in none of them
 
 
 def start(code: str, cache: Path, **environment: str) -> subprocess.Popen:
@@ -35,8 +44,27 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def run(code: str, cache: Path, **environment: str) -> tuple[int, str, str]:
+    """As finish(start(...)), in a process that has torch already."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = PROCESSES.Process(target=_execute, args=(code, folder, {"XDG_CACHE_HOME": str(cache), **environment}))
+        process.start()
+        process.join(timeout=180)
+        out, err = (Path(folder, name).read_text() for name in ("out", "err"))
+    return process.exitcode, out, err
+
+
+def _execute(code: str, folder: str, environment: dict[str, str]) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    os.environ |= environment
+    os.environ.pop("EMBEDDINGS_NATIVE", None)
+    exec(code, {"__name__": "__main__"})
+
+
 def load(mode: str, cache: Path, **environment: str) -> tuple[int, str, str]:
-    return finish(start(LOAD.format(mode=mode), cache, **environment))
+    return run(LOAD.format(mode=mode), cache, **environment)
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -139,15 +167,15 @@ def test_an_unknown_mode_is_refused_with_those_known(tmp_path):
 def test_require_after_off_and_off_after_require_are_refused():
     code = "from embeddings import native\nnative.load({!r})\nnative.load({!r})"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    status, _, err = finish(start(code.format("off", "require"), cache))
+    status, _, err = run(code.format("off", "require"), cache)
     assert status == 1 and "RuntimeError: native=require" in err
-    status, _, err = finish(start(code.format("require", "off"), cache))
+    status, _, err = run(code.format("require", "off"), cache)
     assert status == 1 and "ValueError: native=off" in err
 
 
 def test_importing_embeddings_builds_nothing_and_is_fast(tmp_path):
     code = "import time, torch\nt = time.perf_counter()\nimport embeddings\nprint(time.perf_counter() - t)"
-    status, out, err = finish(start(code, tmp_path, CXX=compiler(tmp_path, PLANTED)))
+    status, out, err = run(code, tmp_path, CXX=compiler(tmp_path, PLANTED))
     assert status == 0 and err == ""
     assert float(out) < 2  # beside torch's own import; 0.05 s on an idle core
     assert [path.name for path in tmp_path.iterdir()] == ["fake-c++"]
@@ -157,12 +185,12 @@ def test_a_new_source_is_a_new_library(tmp_path):
     root = tmp_path / "copy"
     for folder in ("embeddings", "csrc"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from embeddings import native\nprint(native._key(False))"
+    code = f"import sys\nsys.path.insert(0, {str(root)!r})\nfrom embeddings import native\nprint(native._key(False))"
     keys = []
     for change in ("", "// changed\n"):
         with open(root / "csrc/index_map.h", "a") as header:
             header.write(change)
-        keys.append(
-            subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
-        )
+        status, out, err = run(code, tmp_path)
+        keys.append(out)
+        assert status == 0, err
     assert keys[0] != keys[1]
