@@ -13,6 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 
 import shutil
 import sys
+import traceback
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -77,8 +78,7 @@ def sweep(name: str, given: list[str]) -> int:
     jobs.announce(folder, num_jobs)
     status = 0
     for line in grids:
-        sys.argv = [sys.argv[0], *line, f"hydra.sweep.dir={folder}"]
-        status |= launch()
+        status |= launch(line, folder)
     return status | report(folder) if any(folder.glob("*/.hydra")) else status
 
 
@@ -91,9 +91,12 @@ def several(given: list[str]) -> int:
     from dlrm.sweep import read_runs  # only here: it imports what training does not need
 
     folder = jobs.said_folder(given) or make_run_folder(f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    sys.argv.append(f"hydra.sweep.dir={folder}")
-    status = launch()
-    if not any(folder.glob("*/.hydra")):  # nothing ran: --help, --cfg, a launcher that is not to be had
+    try:
+        status = launch(given, folder)
+    finally:
+        with contextlib.suppress(OSError):  # it is empty: --help, --cfg, a launcher that is not to be had
+            folder.rmdir()
+    if not any(folder.glob("*/.hydra")):
         return status
     runs = read_runs(folder)
     without = [run for run in runs if run.status != "completed"]
@@ -104,12 +107,16 @@ def several(given: list[str]) -> int:
     return status or min(len(without), 1)
 
 
-def launch() -> int:
-    """Run the jobs of the command line. Returns 1 if the launcher fails: it lost a process, or was not to be had."""
+def launch(given: list[str], folder: Path) -> int:
+    """Run the jobs of a command line. Returns 1 if the launcher fails: it lost a process, or was not to be had."""
+    rest = [argument for argument in given if argument not in ("-m", "--multirun")]
+    sys.argv = [sys.argv[0], "-m", *rest, f"hydra.sweep.dir={folder}"]  # hydra wants its overrides side by side
     try:
         run()
     except (RuntimeError, ValueError) as error:  # or a search is without one trial; the jobs' own are in error.txt
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        if isinstance(error, OmegaConfBaseException):
+            raise
+        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
 
@@ -128,8 +135,8 @@ OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def run(composed) -> float | None:
     """One run, in the folder that hydra made for it. Returns what a search maximises: the AUC of `run_once`."""
-    config = OmegaConf.to_container(composed, resolve=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    config = OmegaConf.to_container(composed, resolve=True)
     if config.pop("sweep", None) is not None:
         return run_job(config, folder)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -165,6 +172,7 @@ def attempt(config: dict, folder: Path) -> float | None:
         return run_once(config, folder)
     except Exception as error:
         (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
+        (folder / "traceback.txt").write_text(traceback.format_exc())
         print(f"{folder.name} FAILED: {error}", file=sys.stderr)
         if searches:
             raise  # hydra.sweeper.max_failure_rate says whether the others go on
@@ -199,6 +207,8 @@ def train(config: dict, folder: Path) -> dict:
         settings = TrainerSettings(
             **config["trainer"], **{key: config[key] for key in ("precision", "device", "deterministic")}
         )
+        if (config["expected"] or {}).get("at_best") and not (settings.eval_every and settings.keep_best):
+            raise ConfigError("expected.at_best=true: needs trainer.eval_every above 0 and trainer.keep_best=true")
         reset_peak(config["device"])
         dataset = build("data", config["data"])
         backends = Backends(config, dataset.feature_names)
@@ -215,8 +225,9 @@ def train(config: dict, folder: Path) -> dict:
         if is_search() and not dataset.num_samples["valid"]:
             raise ConfigError("hydra.sweeper: a search is judged on the validation split, and this data has none")
         how = {"pooling": config["pooling"], "seed": config["seed"]}
+        averages = settings.average_from is not None
         planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
-        print_plan(dataset, planned, needs(planned, make_embedding, settings.batch_size))
+        print_plan(dataset, planned, needs(planned, make_embedding, settings.batch_size, averages=averages))
         bags = EmbeddingBags(chosen, dataset.cardinalities, **how)
         torch.manual_seed(seed_of(config["seed"], "model"))
         model = make_model(bags, len(dataset.dense_names)).to(config["device"])
@@ -358,7 +369,6 @@ def facts(config: dict) -> dict:
     """What summary.json says of the run beside its results."""
     return {
         "seed": config["seed"],
-        "nominal_compression": config["compression"],
         "device": config["device"],
         "torch": torch.__version__,
         "native": native.ensure(),
@@ -426,6 +436,8 @@ def check_folders(arguments: list[str]) -> None:
     """Runs are never overwritten. This comes before hydra starts, since hydra writes .hydra into the folder."""
     for argument in arguments:
         key, _, folder = argument.partition("=")
+        if key == "hydra.mode":
+            raise ConfigError(f"{argument}: several runs are python train.py -m ...")
         if key in ("hydra.run.dir", "hydra.sweep.dir") and any(Path(folder).glob("*")):
             raise ConfigError(f"{argument}: that folder is not empty, and runs are not overwritten; name a new one")
 

@@ -17,32 +17,57 @@ class BestWeights:
     """
 
     def __init__(self, folder: Path):
-        self.path = Path(folder) / "best"
+        self.path = self.source = Path(folder) / "best"  # source: where they are, maybe of the run that was resumed
         self.auc, self.step, self.error = -math.inf, None, None
+
+    def adopt(self, folder: Path, step: int) -> None:
+        """Begins with what a run has kept in `<folder>/best` up to a step, if anything, without a copy.
+
+        Raises ValueError if that is damaged."""
+        if (folder / "best").exists() and (counters := checkpoint.read_weights(folder / "best"))["step"] <= step:
+            self.source, self.auc, self.step = folder / "best", counters["eval_auc"], counters["step"]
 
     def offer(self, model: nn.Module, auc: float, step: int) -> None:
         """Keeps the weights as they are now if no earlier ones were as good."""
         if not auc > self.auc:  # NaN is not
             return
-        self.auc, self.step, self.error = auc, step, None
+        error = None
         try:
-            checkpoint.save_weights(self.path, model, {"step": step, "eval_auc": auc})
-        except OSError as error:
-            self.error = str(error)
+            self._save(model, {"step": step, "eval_auc": auc})
+        except OSError as full:
+            error = str(full)
+        self.source, self.auc, self.step, self.error = self.path, auc, step, error
 
     @property
     def kept(self) -> Path | None:
         """Where the best weights are, if they are."""
-        return self.path if self.error is None and self.path.exists() else None
+        return self.source if self.error is None and self.source.exists() else None
 
     def load(self, model: nn.Module) -> None:
         """Puts the best weights in the place of the model's. Raises ValueError if they are not there or damaged."""
         if self.error is not None:
             raise ValueError(self.error)
-        checkpoint.load_weights(self.path, model)
+        checkpoint.load_weights(self.source, model)
+
+    def give_way(self) -> bool:
+        """Takes the weights off a disk that has no room for the checkpoint; whether that can have helped."""
+        if not self.path.exists():
+            return False
+        self.remove()
+        self.error = "they made room for the checkpoint"
+        return True
 
     def remove(self) -> None:
-        """Takes the weights off the disk."""
+        """Takes the weights that this run has kept off the disk."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.parent.exists() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
+
+    def _save(self, model: nn.Module, counters: dict) -> None:
+        try:
+            checkpoint.save_weights(self.path, model, counters)
+        except OSError:
+            if not self.path.exists():
+                raise
+            self.remove()  # of the two the older ones are not wanted any more
+            checkpoint.save_weights(self.path, model, counters)

@@ -71,6 +71,11 @@ def load_weights(path: Path, model: nn.Module) -> dict:
     return manifest["counters"]
 
 
+def read_weights(path: Path) -> dict:
+    """The counters of what `save_weights` has written there; no tensor is read. Raises ValueError if damaged."""
+    return _read_manifest(Path(path))["counters"]
+
+
 def find(path: Path | str) -> Path:
     """The newest checkpoint in a run's folder or its checkpoints folder; or path itself, if it is a checkpoint."""
     path = Path(path)
@@ -146,7 +151,7 @@ def _targets(path: Path, name: str, manifest: dict, optimizer: torch.optim.Optim
 def _read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"resume={path}: {MANIFEST} is damaged: {error}") from None
     missing = [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]
     if missing:  # a folder of prepared data has a manifest.json too

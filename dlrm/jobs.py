@@ -32,7 +32,7 @@ def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
         own = {key: str(value) for key, value in grid.items() if key not in taken}
         if (line := [*given, *(f"{key}={value}" for key, value in own.items())]) not in lines:
             lines.append(line)
-            values = [*own.values(), *(a.partition("=")[2] for a in given)]
+            values = [re.sub(r"\$\{[^}]*\}", "", v) for v in (*own.values(), *(a.partition("=")[2] for a in given))]
             num_jobs += prod(len(value.split(",")) for value in values if not re.search(r"[\[{(]", value))
     return lines, num_jobs
 
@@ -43,7 +43,13 @@ def sweep_folder(name: str, given: list[str]) -> Path:
 
 
 def said_folder(given: list[str]) -> Path | None:
-    """The hydra.sweep.dir of a command line."""
+    """The hydra.sweep.dir of a command line. Raises ConfigError for what would keep its jobs from being found there."""
+    for argument in given:
+        key, value = key_of(argument), argument.partition("=")[2]
+        if key == "hydra.sweep.subdir":
+            raise ConfigError(f"{argument}: each job has a folder of its own, which train.py names")
+        if key == "hydra.sweep.dir" and re.search(r"[${}'\"]", value):
+            raise ConfigError(f"{argument}: must be the plain name of a folder")
     said = [argument.partition("=")[2] for argument in given if key_of(argument) == "hydra.sweep.dir"]
     return Path(said[-1]) if said else None
 

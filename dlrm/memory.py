@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from dlrm.average import WeightAverage
+
 MIB = 1024**2
 
 
@@ -59,25 +61,26 @@ class Needs(NamedTuple):
     """Bytes that training embeddings takes."""
 
     embeddings: int  # weights, and tables of slices and seeds
-    optimizer: int  # the state of their optimizer
+    optimizer: int  # the state of their optimizer, the mean of the weights (trainer.average_from) included
     gradients: int  # the most of a step, with one id per bag
 
     def __str__(self) -> str:
         weights, state, gradients = map(format_bytes, self)
         return (
             f"embeddings need {format_bytes(sum(self))}: weights {weights}, state of their optimizer {state}, "
-            f"gradients up to {gradients}"
+            f"gradients up to {gradients} with an id per bag"
         )
 
 
-def needs(embeddings: torch.nn.Module, make_optimizer: Callable, batch_size: int) -> Needs:
+def needs(embeddings: torch.nn.Module, make_optimizer: Callable, batch_size: int, *, averages: bool) -> Needs:
     """What training will hold of embeddings that are on the meta device, so before it holds anything."""
-    optimizer = make_optimizer(embeddings.parameters())
+    optimizers = [make(embeddings.parameters()) for make in (make_optimizer, *([WeightAverage] if averages else []))]
     for parameter in embeddings.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # on meta: of shapes alone
+    for optimizer in optimizers:
+        optimizer.step()  # on meta: of shapes alone
     gradients = sum(embeddings.gradient_bytes(batch_size).values())
-    return Needs(embeddings.num_bytes(), optimizer_bytes(optimizer), gradients)
+    return Needs(embeddings.num_bytes(), sum(map(optimizer_bytes, optimizers)), gradients)
 
 
 def ledger(embeddings: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], batch_size: int) -> list[dict]:

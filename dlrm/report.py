@@ -35,6 +35,12 @@ def markdown_table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def nominal(summary: dict) -> float | None:
+    """The ratio asked of the features that are compressed: 1 if none is, None if they differ or nothing says it."""
+    asked = {row.get("nominal") for row in summary.get("features", [])} - {1}
+    return asked.pop() if len(asked) == 1 else None if asked or "features" not in summary else 1
+
+
 def final_table(summary: dict) -> str:
     """The result of a run in a dozen lines. summary: as in summary.json."""
     last = summary["last"]
@@ -50,7 +56,7 @@ def final_table(summary: dict) -> str:
         share, best = last["test/share_of_best_auc"], last["test/best_possible_auc"]
         auc += f"  (best possible {best:.5f}; ours is {share:.1%} of its gain above 0.5)"
     dense = format_bytes(summary["dense_equivalent_bytes"])
-    asked = f"; compression={nominal:g}" if (nominal := summary.get("nominal_compression", 1)) != 1 else ""
+    asked = f"; {ratio:g} asked of the compressed" if (ratio := nominal(summary)) not in (None, 1) else ""
     size = f"{format_bytes(last['memory/embedding_bytes'])}  ({number('memory/compression')} of {dense} dense{asked})"
     rows = {
         "test AUC": auc,

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from dlrm.jobs import key_of
+from dlrm.report import nominal
 from dlrm.statistics import Interval, interval, paired
 
 UNSAID = ("seed", "sweep", "hydra", "data.path", "data.cache", "device", "native")  # they name no configuration
@@ -56,8 +57,8 @@ class Configuration:
 
     @property
     def nominal(self) -> float | None:
-        """The ratio asked for by the key `compression`; None of runs that do not say it."""
-        return self.runs[0].summary.get("nominal_compression")
+        """The ratio asked for, see `dlrm.report.nominal`."""
+        return nominal(self.runs[0].summary)
 
     @property
     def num_bytes(self) -> float:

@@ -122,9 +122,13 @@ def _shown(row: dict) -> dict:
         **({"at best validation": spread("test_auc_at_best")} if "test_auc_at_best" in row else {}),
         "log loss": spread("test_log_loss"),
         "MiB": f"{row['embedding_bytes'] / MIB:.2f}",
-        **({"nominal": f"{row['nominal']:g}"} if "nominal" in row else {}),
+        **({"nominal": "" if row["nominal"] is None else f"{row['nominal']:g}"} if "nominal" in row else {}),
         "of dense": f"{row['of_dense']:.3f}",
-        **({"peak MiB": f"{row['peak_bytes'] / MIB:,.0f}"} if "peak_bytes" in row else {}),
+        **(
+            {"peak MiB": "" if (peak := row["peak_bytes"]) is None else f"{peak / MIB:,.0f}"}
+            if "peak_bytes" in row
+            else {}
+        ),
         "AUC less baseline's": "" if is_baseline else spread("difference", "+"),
         "verdict": row["verdict"],
         "front": "*" if row["on_front"] else "",

@@ -84,6 +84,8 @@ class Trainer:
             raise ValueError(f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']})")
         checkpoint.load(path, self.model, self.saved)
         self.step, self.epoch, self.sample = counters["step"], counters["epoch"], counters["sample"]
+        if self.best is not None:
+            self.best.adopt(checkpoint.find(path).parent, self.step)
         if self.sample == self.num_train:  # saved at the very end of an epoch
             self.epoch, self.sample = self.epoch + 1, 0
 
@@ -95,11 +97,10 @@ class Trainer:
         CUDA, where to look is to wait, when the loss is logged, naming the steps since the last time.
         """
         began, results = time.perf_counter(), {"status": "failed", "checkpoint": None, "checkpoint_error": None}
-        self.log.text("embeddings/features", self._ledger())
         if self.eval_split == "test":
             print("no validation samples: eval/* is measured on the test split, so the best of eval/* is chosen on it")
-        if self.step and self.best is not None:
-            print(f"resumed at step {self.step:,}: the best eval/auc is that of this run's own evaluations")
+        if self.step and self.best is not None and self.best.step is None:
+            print(f"resumed at step {self.step:,} of a run that kept no best weights: the best eval/auc is of this run")
         if (warmup := self.settings.warmup_steps) >= self.num_steps:
             when = "never reaches its value" if warmup > self.num_steps else "reaches its value only at the last step"
             print(f"the learning rate {when}: warm-up takes {warmup:,} of {self.num_steps:,} steps")
@@ -117,6 +118,7 @@ class Trainer:
             raise
         finally:
             self._add_memory()
+            self.log.text("embeddings/features", self._ledger())
             self.log.write(self.step)
             if self.best is not None and not self.settings.save_checkpoint:
                 self.best.remove()
@@ -295,15 +297,22 @@ class Trainer:
         self.log.add(_tagged("memory", values), {})
 
     def _ledger(self) -> list[dict]:
-        """The embeddings' bytes by feature; those of optimizers whose state comes with the first step are 0 before."""
+        """The embeddings' bytes by feature; those of optimizers are there once they have stepped."""
         return memory.ledger(self.model.embeddings, self.saved.values(), self.settings.batch_size)
 
     def _save(self) -> dict:
         """What the summary says of the checkpoint, once it is saved; without it the results are still worth having."""
         counters = {"step": self.step, "epoch": self.epoch, "sample": self.sample}
         counters |= {"fingerprint": self.dataset.fingerprint, "identity": self.identity}
+        checkpoints = (self.log.folder / "checkpoints", self.model, self.saved, counters)
         try:
-            path = checkpoint.save(self.log.folder / "checkpoints", self.model, self.saved, counters)
+            try:
+                path = checkpoint.save(*checkpoints)
+            except OSError:
+                if self.best is None or not self.best.give_way():
+                    raise
+                self._say("no room for the checkpoint beside the best weights: they are removed")
+                path = checkpoint.save(*checkpoints)
         except OSError as error:
             self._say(NOT_SAVED.format(error=error))
             return {"checkpoint_error": str(error)}

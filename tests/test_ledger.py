@@ -63,6 +63,15 @@ def test_the_ledger_of_each_feature_sums_to_what_is_held(name, changes, optimize
         assert [row["optimizer_bytes"] for row in rows] == [row["weights"] * 4 for row in rows]
 
 
+@pytest.mark.parametrize("averages", [False, True], ids=["last", "average"])
+def test_what_is_needed_is_counted_before_it_is_held(averages):
+    dense = embeddings.Dense(embedding_dim=8, compression=1.0)
+    planned = embeddings.EmbeddingBags(dict.fromkeys(ROWS, dense), ROWS, pooling="sum", seed=0, device="meta")
+    needed = memory.needs(planned, instantiate(OPTIMIZERS["adam"]), BATCH, averages=averages)
+    size = sum(ROWS.values()) * 8 * 4
+    assert needed == (planned.num_bytes(), (2 + averages) * size, size)
+
+
 def test_a_sparse_gradients_most_is_what_distinct_ids_take():
     bags = embeddings.EmbeddingBags(
         {"C1": (dense := embeddings.Dense(embedding_dim=8, compression=1.0, accumulate="rows")), "C2": dense},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 import train
 from dlrm import expected
@@ -84,6 +85,34 @@ def test_every_protocol_trains_on_files_of_its_format_and_says_what_was_expected
     wanted = [metric for metric in expected.METRICS if metric in summary["expected"]]
     assert len(said) == len(wanted) > 0
     assert all(f"[{summary['expected']['source']}], got 0." in line for line in said), said
+
+
+# as published: batch, epochs, learning rate, optimizers, dimension, widths of the top, id order, rows that are numbered
+SGD, ADAGRAD, ADAM = (("torch.optim.SGD", "SGD"), ("torch.optim.Adagrad", "Adagrad"), ("torch.optim.Adam", "Adam"))
+PUBLISHED = {
+    "dlrm_kaggle_1epoch": (128, 1, 0.1, SGD, 16, [512, 256, 1], "appearance", "all"),
+    "cafe": (128, 1, 0.1, SGD, 16, [512, 256, 1], "lexical", "all"),
+    "bars_x1": (4096, 17, 0.001, ADAM, 10, [400, 400, 400, 1], "frequency", "train"),
+    "bars_x4": (10000, 9, 0.001, ADAM, 16, [1000] * 5 + [1], "frequency", "train"),
+    "mlperf_v1": (2048, 1, 1.0, SGD, 128, [1024, 1024, 512, 256, 1], "appearance", "all"),
+    "dcnv2": (65536, 1, 0.005, ADAGRAD, 128, [1024, 1024, 512, 256, 1], "appearance", "all"),
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_protocol_composes_to_what_was_published(name):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", [f"protocol={name}", "data.path=somewhere"])
+    dense, embedding, data = config.optimizer.dense, config.optimizer.embedding, config.data
+    kinds = (dense._target_, embedding._target_.rpartition(".")[2])
+    found = (config.trainer.batch_size, config.trainer.epochs, dense.lr, kinds, config.model.embedding_dim)
+    assert (*found, list(config.model.top_mlp), data.id_order, data.vocabulary) == PUBLISHED[name]
+    assert embedding.lr == dense.lr and config.embedding._target_ == "embeddings.Dense" and config.compression == 1
+    assert (data.min_count == 10) == (name == "bars_x4")
+    assert (data.get("max_ind_range"), data.max_rows) == {
+        "mlperf_v1": (40_000_000, None),
+        "dcnv2": (None, 40_000_000),
+    }.get(name, (None, None))
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

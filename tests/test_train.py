@@ -442,6 +442,32 @@ def test_a_sweeps_folder_with_the_result_of_another_configuration_is_refused_and
     assert file.read_text() == kept
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-m", "hydra.sweep.dir=m/${now:%Y}"], "must be the plain name of a folder"),
+        (["-m", "hydra.sweep.subdir=all"], "each job has a folder of its own"),
+        (["hydra.mode=MULTIRUN"], "several runs are python train.py -m"),
+        (["expected={source: a, auc: 0.7, within: inf}"], "expected.within=inf"),
+        (["expected={source: a, auc: 0.7, within: 1, at_best: true}"], "needs trainer.eval_every above 0"),
+    ],
+    ids=["unresolved", "one-folder", "mode", "infinite", "no-best"],
+)
+@pytest.mark.once
+def test_what_would_lose_jobs_or_results_is_refused_before_anything_runs(arguments, words, cli, tmp_path):
+    status, _, err = cli("embedding=hashed", "compression=0.5", *SMALL, *arguments)
+    assert status == 2 and words in err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.once
+def test_several_runs_begin_wherever_the_flag_stands_and_a_failed_ones_traceback_is_kept(cli, tmp_path):
+    arguments = ["embedding=hashed", "compression=0.00001", "seed=0", *SMALL, "trainer.max_steps=1", "-m"]
+    status, _, err = cli(*arguments, "hydra.sweep.dir=many")
+    assert status == 1 and "1 of 1 runs have no result" in err and "cannot reach it" in err
+    assert "train(config, folder)" in (tmp_path / "many/0/traceback.txt").read_text()
+
+
 @pytest.mark.once
 def test_a_sweep_without_multirun_of_an_unknown_name_or_with_a_search_is_refused(cli, tmp_path):
     status, _, err = cli("sweep=pareto")

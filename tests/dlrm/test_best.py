@@ -115,18 +115,64 @@ def test_no_weights_stay_of_a_run_that_saves_none(make_trainer):
     assert not (trainer.log.folder / "checkpoints").exists()
 
 
-def test_best_weights_are_nothing_to_resume_from_and_a_resumed_run_says_what_its_best_is_of(make_trainer, capsys):
+def test_best_weights_are_nothing_to_resume_from_but_a_resumed_run_begins_with_them(make_trainer, capsys):
     first = make_trainer("first", keep_best=True, **RUN | {"max_steps": 50})
     first.train()
     assert checkpoint.find(first.log.folder).name == "step_000000050"
-    second = make_trainer("second", keep_best=True, **RUN)
+    second = make_trainer("second", keep_best=True, **RUN | {"max_steps": 55})
     with pytest.raises(ValueError, match=r"resume=.*/best: these are weights alone.* give the run's folder"):
         second.resume(first.best.path)
     second.resume(first.log.folder)
     summary = second.train()
-    assert "resumed at step 50: the best eval/auc is that of this run's own evaluations" in capsys.readouterr().out
-    assert summary["last"]["test_at_best/step"] == 60
+    whole = make_trainer("uninterrupted", keep_best=True, **RUN | {"max_steps": 55}).train()["last"]
+    for name in ("step", "auc", "log_loss"):
+        assert summary["last"][f"test_at_best/{name}"] == whole[f"test_at_best/{name}"]
+    assert summary["last"]["test_at_best/step"] == 30 and summary["best_weights"] == str(first.best.path)
+    assert "kept no best weights" not in capsys.readouterr().out
     steps = [
         [json.loads(line)["step"] for line in (run.log.folder / "metrics.jsonl").open()] for run in (first, second)
     ]
-    assert steps == [list(range(5, 51, 5)), [55, 60]]  # no step twice
+    assert steps == [list(range(5, 51, 5)), [55]]  # no step twice
+
+
+def test_a_run_that_goes_on_from_one_without_best_weights_says_so(make_trainer, capsys):
+    first = make_trainer("first", **RUN | {"max_steps": 50})
+    first.train()
+    second = make_trainer("second", keep_best=True, **RUN)
+    second.resume(first.log.folder)
+    assert second.train()["last"]["test_at_best/step"] == 60
+    assert "resumed at step 50 of a run that kept no best weights" in capsys.readouterr().out
+
+
+class Disk:
+    """Has room for so many saves of weights or of checkpoints; what is removed gives its room back."""
+
+    def __init__(self, monkeypatch, folder, room: int):
+        self.folder, self.room, self.write = folder, room, checkpoint._write
+        monkeypatch.setattr(checkpoint, "_write", self.save)
+
+    def save(self, path, *content):
+        if len(list(self.folder.glob("*"))) >= self.room:
+            raise OSError("the disk has 0 free")
+        return self.write(path, *content)
+
+
+def test_on_a_disk_without_room_for_both_better_weights_replace_the_older(monkeypatch, tmp_path):
+    Disk(monkeypatch, tmp_path, room=1)
+    best, model = BestWeights(tmp_path), torch.nn.Linear(1, 1, bias=False)
+    for step in (1, 2):
+        model.weight.data.fill_(step)
+        best.offer(model, step / 10, step)
+    model.weight.data.fill_(9)
+    best.load(model)
+    assert (best.step, best.error, model.weight.item()) == (2, None, 2)
+
+
+def test_the_best_weights_make_room_for_the_checkpoint(make_trainer, monkeypatch, capsys):
+    trainer = make_trainer(keep_best=True, **RUN | {"max_steps": 50})
+    Disk(monkeypatch, trainer.log.folder / "checkpoints", room=1)
+    summary = trainer.train()
+    assert checkpoint.find(trainer.log.folder).name == "step_000000050" and summary["checkpoint_error"] is None
+    assert summary["last"]["test_at_best/auc"] is None and summary["best_weights"] is None
+    assert "they made room for the checkpoint" in summary["reasons"]["test_at_best/auc"]
+    assert "no room for the checkpoint beside the best weights" in capsys.readouterr().err

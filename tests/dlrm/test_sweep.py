@@ -110,7 +110,8 @@ def test_the_report_has_the_ratio_asked_for_beside_the_true_one_and_the_ledger(t
         memory = {"optimizer": 50.0, "gradient": 70.0, "serving": 900.0, "peak": 3 * 2**20}
         for seed in (0, 1):
             folder = tmp_path / f"{name}-{seed}"
-            make_run(folder, f"embedding={name}", f"seed={seed}", size=size, nominal_compression=nominal)
+            features = [{"nominal": 1}, {"nominal": nominal}]
+            make_run(folder, f"embedding={name}", f"seed={seed}", size=size, features=features)
             summary = json.loads((folder / "summary.json").read_text())
             summary["last"] |= {f"memory/{part}_bytes": value + 2 * seed for part, value in memory.items()}
             (folder / "summary.json").write_text(json.dumps(summary))
@@ -122,6 +123,19 @@ def test_the_report_has_the_ratio_asked_for_beside_the_true_one_and_the_ledger(t
     header, _, _, line = (tmp_path / "report.md").read_text().splitlines()[:4]
     shown = dict(zip(header.split(" | "), line.split(" | "), strict=True))
     assert (shown["nominal"], shown["of dense"], shown["peak MiB"]) == ("0.1", "0.110", "3")
+
+
+def test_runs_that_say_less_than_others_have_blanks_in_the_report(tmp_path):
+    make_run(tmp_path / "old", "embedding=dense", size=4000.0)
+    make_run(tmp_path / "new", "embedding=qr", size=400.0, features=[{"nominal": 1}, {"nominal": 0.1}])
+    make_run(tmp_path / "each", "embedding=each", size=300.0, features=[{"nominal": 0.2}, {"nominal": 0.1}])
+    summary = json.loads((tmp_path / "new/summary.json").read_text())
+    summary["last"] |= {"memory/peak_bytes": 2**21}
+    (tmp_path / "new/summary.json").write_text(json.dumps(summary))
+    assert main([str(tmp_path)]) == 0
+    header, _, *lines = (tmp_path / "report.md").read_text().splitlines()[:5]
+    shown = [dict(zip(header.split(" | "), line.split(" | "), strict=True)) for line in lines]
+    assert [(row["nominal"], row["peak MiB"]) for row in shown] == [("", ""), ("0.1", "2"), ("", "")]
 
 
 def test_another_baseline_can_be_named_and_an_unknown_one_is_refused(sweep, capsys):
@@ -179,6 +193,7 @@ def test_the_pareto_sweep_is_5_methods_at_4_ratios_of_3_seeds_beside_two_baselin
     lines, num_jobs = jobs.grids("pareto", ["-m", "sweep=pareto"])
     assert num_jobs == 5 * 4 * 3 + 3 + 4 * 3
     assert jobs.grids("pareto", ["-m", "sweep=pareto", "seed=7"])[1] == 5 * 4 + 1 + 4
+    assert jobs.grids("papers", ["-m", "sweep=papers"])[1] == 54  # block=1,${model.embedding_dim} is two of them
 
 
 def test_what_the_user_says_replaces_a_grids_key():
