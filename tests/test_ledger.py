@@ -44,6 +44,8 @@ def test_the_ledger_of_each_feature_sums_to_what_is_held(name, changes, optimize
     for each in optimizers:
         each.step()
     rows = memory.ledger(bags, optimizers, BATCH)
+    planned = embeddings.EmbeddingBags(bags.table_backends(), ROWS, pooling="sum", seed=0, device="meta")
+    needed = memory.needs(planned, instantiate(OPTIMIZERS[optimizer]), BATCH, averages=average)
 
     def total(key: str) -> int:
         return sum(row[key] for row in rows)
@@ -51,7 +53,7 @@ def test_the_ledger_of_each_feature_sums_to_what_is_held(name, changes, optimize
     assert total("bytes") == total("serving_bytes") == bags.num_bytes()
     assert total("optimizer_bytes") == sum(map(memory.optimizer_bytes, optimizers))
     assert total("checkpoint_bytes") == bags.num_bytes() + sum(map(memory.optimizer_bytes, optimizers))
-    assert total("state_bytes") == bags.state_bytes() == 0
+    assert needed == (bags.num_bytes(), total("optimizer_bytes"), total("gradient_bytes"))
     if accumulate == "sorted":
         assert total("gradient_bytes") == gradients
     else:  # ids repeat, so a batch touches fewer

@@ -13,6 +13,7 @@ import train
 from dlrm import expected
 from dlrm.refusals import ConfigError
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = sorted(path.stem for path in (ROOT / "conf/protocol").glob("*.yaml"))
 HASHES = [f"{i * 0x1234567:08x}" for i in range(9)]

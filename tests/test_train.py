@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,7 @@ def test_a_cpu_run_says_whose_gradients_it_sums_in_order_instead_of_by_atomics(a
     assert said == ([wanted] if atomic else [])
 
 
+@pytest.mark.once
 def test_d8_options_that_are_false_are_off(cli, tmp_path):
     def run(folder: str, *arguments: str) -> tuple[float, bool]:
         status, _, err = cli("embedding=hashed", "compression=0.5", *SMALL, f"hydra.run.dir={folder}", *arguments)
@@ -204,6 +206,7 @@ def ratings(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_trains(name, cli, ratings):
     reads_files = "data.path" in (ROOT / f"conf/experiment/{name}.yaml").read_text()
@@ -362,8 +365,9 @@ def mib(text: str, name: str) -> float:
     return float(re.search(rf"{name} ([\d.,]+) MiB", text).group(1).replace(",", ""))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", BACKENDS)
+# every backend with every optimizer: tests/test_ledger.py
+@pytest.mark.once
+@pytest.mark.parametrize("name, optimizer", zip(BACKENDS, cycle(OPTIMIZERS), strict=False))
 def test_what_a_run_says_it_needs_before_it_allocates_is_what_it_holds(name, optimizer, cli, tmp_path):
     accumulate = "sorted" if name in ("hashed", "fast") else "rows"
     choice = [f"embedding={name}", f"optimizer/embedding={optimizer}", f"embedding.accumulate={accumulate}"]
