@@ -88,7 +88,7 @@ def is_multirun(given: list[str]) -> bool:
 
 def several(given: list[str]) -> int:
     """Run the jobs of -m, in this process or a launcher's, then name those without a result. Returns 1 if any is."""
-    from dlrm.sweep import read_runs  # only here: it imports what training does not need
+    from dlrm.sweep import list_missing, read_runs  # only here: it imports what training does not need
 
     folder = jobs.said_folder(given) or make_run_folder(f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     try:
@@ -98,13 +98,9 @@ def several(given: list[str]) -> int:
             folder.rmdir()
     if not any(folder.glob("*/.hydra")):
         return status
-    runs = read_runs(folder)
-    without = [run for run in runs if run.status != "completed"]
-    if without:
-        print(f"{len(without)} of {len(runs)} runs have no result:", file=sys.stderr)
-    for job in without:
-        print(f"  {job.folder} [{' '.join(job.overrides)}]: {job.status}", file=sys.stderr)
-    return status or min(len(without), 1)
+    if missing := list_missing(read_runs(folder)):
+        print(missing, file=sys.stderr)
+    return status or int(bool(missing))
 
 
 def launch(given: list[str], folder: Path) -> int:
@@ -210,7 +206,8 @@ def train(config: dict, folder: Path) -> dict:
         )
         if (config["expected"] or {}).get("at_best") and not (settings.eval_every and settings.keep_best):
             raise ConfigError("expected.at_best=true: needs trainer.eval_every above 0 and trainer.keep_best=true")
-        reset_peak(config["device"])
+        if not reset_peak(config["device"]):
+            print("memory/peak_bytes is since the process began: this system cannot restart it")
         dataset = build("data", config["data"])
         backends = Backends(config, dataset.feature_names)
         make_dense, make_embedding = optimizers(config["optimizer"])

@@ -11,7 +11,7 @@ from data.database import quoted
 from data.dataset import FileDataset
 from data.encode import Schema
 from data.multi_hot import multi_hot
-from data.prepared import fingerprint
+from data.prepared import fingerprint, stored_order
 from data.source import open_source
 
 DENSE = tuple(f"I{i}" for i in range(1, 14))
@@ -105,8 +105,7 @@ class Criteo1TB(FileDataset):
 
     def counts(self, rows: list[int]) -> dict[str, int]:
         """See FileDataset."""
-        first = "valid" if self.last == "test" else "test"
-        return {"train": sum(rows[:-1]), "valid": 0, "test": 0, first: -(-rows[-1] // 2), self.last: rows[-1] // 2}
+        return dict(zip(stored_order(self.last), (sum(rows[:-1]), -(-rows[-1] // 2), rows[-1] // 2), strict=True))
 
     def batches(self, split: str, batch_size: int, *, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See FileDataset."""

@@ -141,7 +141,7 @@ class FileDataset:
     def describe(self) -> str:
         """One line: name, rows, split, bad rows."""
         counts = self.num_samples
-        rows = " + ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+        rows = " + ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
         order = f"by {self.schema.time}" if self.schema.time else f"in {self.preparation.order} order"
         order = "by files" if self.splits_are_files() else order
         bad = f", {self.num_rejected:,} bad rows left out" if self.num_rejected else ""

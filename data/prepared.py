@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -142,6 +143,11 @@ def shuffled(count: int, *, seed: int, epoch: int, block: int, start: int) -> It
         seen += len(index)
 
 
+def stored_order(last: str) -> tuple[str, str, str]:
+    """The splits as they follow each other in the arrays. last: test or valid."""
+    return ("train", "valid", "test") if last == "test" else ("train", "test", "valid")
+
+
 def in_order(count: int, *, start: int) -> Iterator[np.ndarray]:
     """Index arrays that together are range(start, count)."""
     yield from (np.arange(i, min(i + CHUNK_ROWS, count)) for i in range(start, count, CHUNK_ROWS))
@@ -194,8 +200,8 @@ class Prepared:
         """Batches of a split from sample `start` on: train shuffled by (seed, epoch) unless block is None, the others
         in stored order. Ids that training never had become 0, except in the features of keep_unseen."""
         count = self.num_samples[split]
-        last = self.manifest["last"]
-        first = {"train": 0, last: self.rows - self.num_samples[last]}.get(split, self.num_samples["train"])
+        before = takewhile(split.__ne__, stored_order(self.manifest["last"]))
+        first = sum(self.num_samples[name] for name in before)
         limits = np.array([KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()], np.int64)
         if split == "train":
             if block is None:

@@ -9,6 +9,7 @@ from data.database import quoted
 from data.dataset import FileDataset
 from data.encode import Schema
 from data.infer import inferred_yaml
+from data.prepared import stored_order
 from data.source import Source, joined_lists, open_source
 
 TRANSFORMS = ("none", "log1p", "shifted_log", "standardize")
@@ -100,9 +101,7 @@ class Table(FileDataset):
 
     def _splits(self) -> list[str]:
         """The splits that files has, in the order of the prepared arrays."""
-        return [
-            s for s in ("train", *(("valid", "test") if self.last == "test" else ("test", "valid"))) if s in self.files
-        ]
+        return [split for split in stored_order(self.last) if split in self.files]
 
     def _open_parts(self) -> list[Source]:
         """The file of path and file, or the files of path and files."""

@@ -13,21 +13,23 @@ if TYPE_CHECKING:
 
 NUM_SAMPLES = 2048  # of the training split, that the histograms look at: well below a second of work
 SHARES = [k / 16 for k in range(17)]  # edges of the bins of collision traffic
-# the Custom Scalars tab: {category: {chart: [kind, tags as regular expressions]}}
+
+
+def lines(*tags: str) -> list:
+    """A chart of the Custom Scalars tab."""
+    return ["Multiline", [f"{tag}$" for tag in tags]]  # regular expressions
+
+
 LAYOUT = {
     "accuracy beside memory": {
-        "AUC": ["Multiline", ["eval/auc$", "test/auc$", "test_at_best/auc$"]],
-        "bytes of embeddings, their gradients and the optimizers": [
-            "Multiline",
-            ["memory/embedding_bytes$", "memory/gradient_bytes$", "memory/optimizer_bytes$"],
-        ],
-        "peak bytes": [
-            "Multiline",
-            ["memory/peak_bytes$"],
-        ],  # a chart of its own: in theirs it would flatten the others
+        "AUC": lines("eval/auc", "test/auc", "test_at_best/auc"),
+        "bytes of embeddings, their gradients and the optimizers": lines(
+            "memory/embedding_bytes", "memory/gradient_bytes", "memory/optimizer_bytes"
+        ),
+        "peak bytes": lines("memory/peak_bytes"),  # a chart of its own: in theirs it would flatten the others
     },
-    "loss": {"log loss": ["Multiline", ["train/loss$", "eval/log_loss$", "test/log_loss$"]]},
-    "speed": {"samples per second": ["Multiline", ["train/samples_per_second$"]]},
+    "loss": {"log loss": lines("train/loss", "eval/log_loss", "test/log_loss")},
+    "speed": {"samples per second": lines("train/samples_per_second")},
 }
 
 

@@ -56,7 +56,7 @@ def final_table(summary: dict) -> str:
         share, best = last["test/share_of_best_auc"], last["test/best_possible_auc"]
         auc += f"  (best possible {best:.5f}; ours is {share:.1%} of its gain above 0.5)"
     dense = format_bytes(summary["dense_equivalent_bytes"])
-    asked = f"; {ratio:g} asked of the compressed" if (ratio := nominal(summary)) not in (None, 1) else ""
+    asked = f"; {ratio:g} asked for" if (ratio := nominal(summary)) not in (None, 1) else ""
     size = f"{format_bytes(last['memory/embedding_bytes'])}  ({number('memory/compression')} of {dense} dense{asked})"
     rows = {
         "test AUC": auc,

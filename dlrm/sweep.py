@@ -29,6 +29,14 @@ class Run:
         named = (o.lstrip("+").replace("\\", "") for o in self.overrides)
         return tuple(o for o in named if key_of(o).split(".")[0] not in UNSAID and key_of(o) not in UNSAID)
 
+    def missing(self, tag: str | None) -> str | None:
+        """Why there is no last value of a tag, or if that is None no result; None if there is."""
+        if self.status != "completed":
+            return self.status
+        if tag is None or self.summary["last"].get(tag) is not None:
+            return None
+        return self.summary["reasons"].get(tag, f"no {tag}")
+
 
 @dataclass
 class Configuration:
@@ -103,6 +111,13 @@ def configurations(runs: list[Run]) -> list[Configuration]:
             label = " ".join(word for word in run.words if word not in shared) or "(default)"
             found.setdefault(label, Configuration(label)).runs.append(run)
     return list(found.values())
+
+
+def list_missing(runs: list[Run], tag: str | None = None) -> str:
+    """A line for each run that did not end, or has no value of a tag: where it is, its overrides, and why."""
+    whys = [(run, run.missing(tag)) for run in runs]
+    lines = [f"  {r.folder} [{' '.join(r.overrides)}]: {why}" for r, why in whys if why is not None]
+    return f"{len(lines)} of {len(runs)} runs have no result:\n" + "\n".join(lines) if lines else ""
 
 
 def front(points: list[tuple[float, float]]) -> list[bool]:

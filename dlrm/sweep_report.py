@@ -11,7 +11,8 @@ from pathlib import Path
 from dlrm.memory import MIB
 from dlrm.pareto import TAG, draw_html, draw_png, on_front
 from dlrm.report import markdown_table
-from dlrm.sweep import Configuration, Run, configurations, read_runs, shared_words
+from dlrm.statistics import Interval
+from dlrm.sweep import Configuration, Run, configurations, list_missing, read_runs, shared_words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(folder: Path, baseline: str | None = None) -> int:
-    """Write and print a folder's report; returns the number of runs without a result, at most 1.
+    """Write and print a folder's report; returns 1 if any run is without a result.
 
     Raises ValueError if there is no run, or none called like the baseline.
     """
@@ -36,24 +37,25 @@ def report(folder: Path, baseline: str | None = None) -> int:
     measured = sorted(
         (one for one in configurations(runs) if one.interval(TAG) is not None), key=lambda one: -one.num_bytes
     )
-    without = [run for run in runs if run.status != "completed" or run.summary["last"].get(TAG) is None]
-    text = _missing(without, folder)
+    text = missing = list_missing(runs, TAG)
     if measured:
         compared_with = _baseline(measured, baseline)
         verdicts = {one.label: verdict(one, compared_with) for one in measured}
-        rows = _without_empty([_row(one, compared_with, verdicts, on_front(measured)) for one in measured])
+        rows = [_row(one, compared_with, verdicts, on_front(measured)) for one in measured]
         with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            columns = _without_empty(rows)
+            writer = csv.DictWriter(file, list(columns[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(columns)
         draw_png(measured, folder / "pareto.png")
         draw_html(measured, folder / "pareto.html", verdicts)
-        text = f"{markdown_table([_shown(row) for row in rows])}\n\n{_legend(runs, measured, compared_with)}{text}"
+        table = markdown_table(_without_empty([_shown(row) for row in rows]))
+        text = "\n\n".join(part for part in (table, _legend(runs, measured, compared_with), missing) if part)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     if measured:
         print(f"\n{folder}/report.md, report.csv, pareto.png, pareto.html")
-    return min(len(without), 1)
+    return int(bool(missing))
 
 
 def verdict(one: Configuration, other: Configuration) -> str:
@@ -69,8 +71,8 @@ def verdict(one: Configuration, other: Configuration) -> str:
 
 
 def _without_empty(rows: list[dict]) -> list[dict]:
-    """The rows less the columns that none of them has."""
-    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    """The rows less the columns in which none of them has anything."""
+    names = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
     return [{name: row[name] for name in names} for row in rows]
 
 
@@ -85,22 +87,19 @@ def _baseline(measured: list[Configuration], label: str | None) -> Configuration
 
 
 def _row(one: Configuration, other: Configuration, verdicts: dict[str, str], edge: list[Configuration]) -> dict:
-    auc, loss, difference = one.interval(TAG), one.interval("test/log_loss"), one.against(other, TAG)
-    at_best = one.interval("test_at_best/auc")
+    def mean_and_half(name: str, found: Interval | None) -> dict:
+        return {name: found and found.mean, f"{name}_half": found and found.half}
+
     return {
         "configuration": one.label,
-        "test_auc": auc.mean,
-        "test_auc_half": auc.half,
-        "test_auc_at_best": None if at_best is None else at_best.mean,
-        "test_auc_at_best_half": None if at_best is None else at_best.half,
-        "test_log_loss": None if loss is None else loss.mean,
-        "test_log_loss_half": None if loss is None else loss.half,
+        **mean_and_half("test_auc", one.interval(TAG)),
+        **mean_and_half("test_auc_at_best", one.interval("test_at_best/auc")),
+        **mean_and_half("test_log_loss", one.interval("test/log_loss")),
         "embedding_bytes": one.num_bytes,
         "nominal": one.nominal,
         "of_dense": one.num_bytes / other.dense_equivalent_bytes,
         **{f"{name}_bytes": one.mean(f"memory/{name}_bytes") for name in ("optimizer", "gradient", "serving", "peak")},
-        "difference": None if difference is None else difference.mean,
-        "difference_half": None if difference is None else difference.half,
+        **mean_and_half("difference", one.against(other, TAG)),
         "verdict": verdicts[one.label],
         "on_front": one in edge,
         "samples_per_second": one.samples_per_second,
@@ -109,27 +108,23 @@ def _row(one: Configuration, other: Configuration, verdicts: dict[str, str], edg
 
 
 def _shown(row: dict) -> dict:
-    """A row for people."""
+    """A row for people; what it lacks is blank."""
 
     def spread(name: str, sign: str = "") -> str:
-        mean, half = row.get(name), row.get(f"{name}_half")
+        mean, half = row[name], row[f"{name}_half"]
         return "" if mean is None else f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
 
-    is_baseline = row["verdict"] == "baseline"
+    nominal, peak = row["nominal"], row["peak_bytes"]
     return {
         "configuration": f"`{row['configuration']}`",
         "test AUC": spread("test_auc"),
-        **({"at best validation": spread("test_auc_at_best")} if "test_auc_at_best" in row else {}),
+        "at best validation": spread("test_auc_at_best"),
         "log loss": spread("test_log_loss"),
         "MiB": f"{row['embedding_bytes'] / MIB:.2f}",
-        **({"nominal": "" if row["nominal"] is None else f"{row['nominal']:g}"} if "nominal" in row else {}),
+        "nominal": "" if nominal is None else f"{nominal:g}",
         "of dense": f"{row['of_dense']:.3f}",
-        **(
-            {"peak MiB": "" if (peak := row["peak_bytes"]) is None else f"{peak / MIB:,.0f}"}
-            if "peak_bytes" in row
-            else {}
-        ),
-        "AUC less baseline's": "" if is_baseline else spread("difference", "+"),
+        "peak MiB": "" if peak is None else f"{peak / MIB:,.0f}",
+        "AUC less baseline's": "" if row["verdict"] == "baseline" else spread("difference", "+"),
         "verdict": row["verdict"],
         "front": "*" if row["on_front"] else "",
         "samples/s": f"{row['samples_per_second']:,.0f}",
@@ -148,16 +143,5 @@ def _legend(runs: list[Run], measured: list[Configuration], compared_with: Confi
         f"`{compared_with.label}`. MiB: everything the embeddings keep; nominal: the ratio asked for;\n"
         "of dense: the true one, of the baseline's rows; peak: the process's measured maximum.\n"
         "Front: no other configuration has at least this AUC in fewer bytes.\n"
-        + "".join(f"{name}: {', '.join(values)}\n" for name, values in facts.items())
+        + "\n".join(f"{name}: {', '.join(values)}" for name, values in facts.items())
     )
-
-
-def _missing(without: list[Run], folder: Path) -> str:
-    if not without:
-        return ""
-    lines = [f"  {run.folder.relative_to(folder)} [{' '.join(run.overrides)}]: {_why(run)}" for run in without]
-    return f"\n{len(without)} runs have no result:\n" + "\n".join(lines)
-
-
-def _why(run: Run) -> str:
-    return run.status if run.status != "completed" else run.summary["reasons"].get(TAG, "no test AUC")

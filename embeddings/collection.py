@@ -117,8 +117,8 @@ class EmbeddingBags(nn.Module):
         return {feature: size for share in shares for feature, size in share.items()}
 
     def state_bytes(self) -> int:
-        """The bytes kept per id beside the weights (hash caches, pointers, dictionaries): these backends keep none."""
-        return 0
+        """The bytes kept per id beside the weights: hash caches, pointers, dictionaries."""
+        return sum(row["state_bytes"] for row in self.feature_table())
 
     def dense_equivalent_bytes(self) -> int:
         """Bytes of one float32 row per id for every feature."""

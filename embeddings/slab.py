@@ -142,8 +142,8 @@ class Slab(nn.Module):
         torch.ops.embeddings.raise_noted(self.weight.detach(), self.arrangement.features)
 
     def feature_table(self, extra_bytes: int) -> list[dict]:
-        """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, nominal and compression: the
-        ratio asked for, and the true one of all bytes.
+        """One dict per feature: feature, rows, backend, weights (numbers kept), bytes, state_bytes (of them, those
+        kept per id beside the weights), nominal and compression: the ratio asked for, and the true one of all bytes.
 
         extra_bytes: what the collection keeps for each feature beside the slab."""
         table = []
@@ -157,6 +157,7 @@ class Slab(nn.Module):
                     "backend": backend.name,
                     "weights": weights,
                     "bytes": size,
+                    "state_bytes": 0,  # kept per id beside the weights: a hash cache, pointers; no backend has any
                     "nominal": backend.compression if backend.compresses else 1.0,
                     "compression": size / backend.dense_bytes(n),
                 }

@@ -1,16 +1,15 @@
 """Which kernels and devices the operator tests run on.
 
 EMBEDDINGS_NATIVE=auto|require|off says how a process gets its kernels (`embeddings.native`); `make test` runs the suite
-with require and, of it, --operators with off. The reference half of an operator test calls `embeddings.reference`
-directly, in both.
+with require and, less what is marked once, with off. The reference half of an operator test calls
+`embeddings.reference` directly, in both.
 """
 
 import os
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from reach import reaches_operators
 
 from embeddings import native, ops, reference
 
@@ -41,21 +40,18 @@ def device(request) -> str:
     return request.param
 
 
-def pytest_addoption(parser):
-    words = "only tests that the choice of kernels can change: of files that reach embeddings/, and not marked once"
-    parser.addoption("--operators", action="store_true", help=words)
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Marks as once the tests of data/ and dlrm/, which are handed their embeddings, but for files that import them."""
+    for item in items:
+        if item.path.parent.name in ("data", "dlrm") and not uses_operators(item.module):
+            item.add_marker(pytest.mark.once)
 
 
-def pytest_ignore_collect(collection_path: Path, config) -> bool | None:
-    is_left_out = config.getoption("--operators") and collection_path.name.startswith("test_")
-    return True if is_left_out and not reaches_operators(collection_path) else None
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--operators"):
-        once = [item for item in items if item.get_closest_marker("once")]
-        config.hook.pytest_deselected(items=once)
-        items[:] = [item for item in items if item not in set(once)]
+def uses_operators(module: ModuleType) -> bool:
+    """Whether anything in a module is of embeddings, or of what can build them by name."""
+    origins = (getattr(x, "__module__", None) or getattr(x, "__name__", "") for x in vars(module).values())
+    return any(str(origin).partition(".")[0] in ("embeddings", "hydra", "train") for origin in origins)
 
 
 def pytest_report_header() -> str:

@@ -53,6 +53,9 @@ def test_the_ledger_of_each_feature_sums_to_what_is_held(name, changes, optimize
     assert total("bytes") == total("serving_bytes") == bags.num_bytes()
     assert total("optimizer_bytes") == sum(map(memory.optimizer_bytes, optimizers))
     assert total("checkpoint_bytes") == bags.num_bytes() + sum(map(memory.optimizer_bytes, optimizers))
+    beside = [*(slab.tables for slab in bags.slabs), *([] if bags._where is None else [bags._where])]
+    assert total("state_bytes") == bags.num_bytes() - total("weights") * 4 - memory.tensor_bytes(beside)
+    assert bags.state_bytes() == total("state_bytes")
     assert needed == (bags.num_bytes(), total("optimizer_bytes"), total("gradient_bytes"))
     if accumulate == "sorted":
         assert total("gradient_bytes") == gradients

@@ -158,7 +158,7 @@ def test_missing_failed_and_half_written_runs_are_listed_and_make_the_status_1(s
     (sweep / "f/error.txt").write_text("ConfigError: out of reach\n")
     assert main([str(sweep)]) == 1
     out = capsys.readouterr().out
-    assert "6 runs have no result" in out
+    assert "6 of 15 runs have no result" in out
     for line in ("a [embedding=bloom seed=0]: failed: loss is nan at step 7", "b [embedding=bloom seed=1]: interrupted",
                  "c [embedding=bloom seed=2]: one class", "d [embedding=bloom seed=100]: unfinished",
                  "e [embedding=bloom seed=101]: summary.json cannot be read",
