@@ -207,6 +207,13 @@ inline Call make_backward_call(const Tensor& grad, const Tensor& weights, const 
   return make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(1), layout, features);
 }
 
+// What bag_into writes to.
+inline void check_out(const Tensor& out, const Tensor& weights) {
+  require(
+      out.dim() == 2 && out.is_contiguous() && out.scalar_type() == weights.scalar_type() && same_device(out, weights),
+      "out must be contiguous [B, columns], of the weights' dtype and on their device");
+}
+
 // Calls function(weight_t{}) for the dtype of the weights.
 template <typename Function>
 inline void with_dtype(ScalarType dtype, Function function) {

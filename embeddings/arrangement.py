@@ -21,11 +21,12 @@ def seed_of(seed: int, name: str) -> int:
 
 
 class Lookup(NamedTuple):
-    """A feature, the table it reads, and its place in the batch."""
+    """A feature, the table it reads, its place in the batch, and where its vector begins in a row of the output."""
 
     feature: str
     table: str
     position: int
+    column: int | None = None  # None: next to the lookup before
 
 
 class Slice(NamedTuple):
@@ -89,7 +90,8 @@ class Arrangement:
     def _tables(self, seed: int) -> list[list[int]]:
         """The rows of `tables`, columns as in embeddings.index_map."""
         tables, column = [], 0
-        for _, table, position in self.lookups:
+        for _, table, position, own_column in self.lookups:
+            column = column if own_column is None else own_column
             backend, slices = self.backends[table], self.slices[table]
             concat = backend.combine_kind == Combine.CONCAT
             for k, probe in enumerate(backend.probes(tuple(s.num_slots for s in slices))):

@@ -112,6 +112,11 @@ class Backend:
         bound = self.bound(s, num_embeddings)
         weights.uniform_(-bound, bound, generator=generator)
 
+    @property
+    def finishes(self) -> bool:
+        """Whether `finish` has anything to do."""
+        return False
+
     def finish(self, vectors: Tensor, dims: list[int]) -> Tensor:
         """The features' vectors [B, sum of dims] of what the operator returns."""
         return vectors

@@ -80,5 +80,9 @@ class Bloom(Backend):
         else:
             super().initialise(weights, s, num_embeddings, generator)
 
+    @property
+    def finishes(self) -> bool:
+        return self.combine == "mean"
+
     def finish(self, vectors: Tensor, dims: list[int]) -> Tensor:
-        return vectors / self.num_hashes if self.combine == "mean" else vectors
+        return vectors / self.num_hashes if self.finishes else vectors

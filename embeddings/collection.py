@@ -1,14 +1,16 @@
 """EmbeddingBags: every sparse feature of a model, each with its own backend, one launch per distinct backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from embeddings.arrangement import Lookup
 from embeddings.backend import Backend
 from embeddings.collisions import collision_traffic
 from embeddings.ops import Pooling
+from embeddings.pooled import pooled
 from embeddings.slab import Slab, apportion, backends_of, weights_of
 
 
@@ -50,11 +52,14 @@ class EmbeddingBags(nn.Module):
         for feature, backend in backends.items():
             members.setdefault(backend.group, []).append(feature)
         self._order = order = list(rows)
+        # slabs write their features' columns of one output, unless what one writes is not yet the features' vectors
+        self._together = not any(backend.finishes for backend in backends.values())
+        dim = self.embedding_dim if self._together and len(members) > 1 else None
         self.slabs = nn.ModuleList(
             Slab(
                 {feature: backends[feature] for feature in features},
                 {feature: rows[feature] for feature in features},
-                [Lookup(feature, feature, order.index(feature)) for feature in features],
+                [Lookup(f, f, order.index(f), None if dim is None else order.index(f) * dim) for f in features],
                 pooling=Pooling[pooling.upper()],
                 seed=seed,
                 device=device,
@@ -62,7 +67,7 @@ class EmbeddingBags(nn.Module):
             for features in members.values()
         )
         by_slab = torch.tensor([order.index(feature) for slab in self.slabs for feature in slab.rows])
-        in_order = by_slab.equal(torch.arange(self.num_features))
+        in_order = self._together or by_slab.equal(torch.arange(self.num_features))
         # feature f of the batch is row _where[f] of the slabs' concatenated outputs
         self.register_buffer("_where", None if in_order else by_slab.argsort().to(device))
 
@@ -81,9 +86,27 @@ class EmbeddingBags(nn.Module):
                 raise ValueError(f"offsets are {offsets.dtype}: they must be int32 or int64")
             offsets = offsets.long()
         batch_size = num_bags // self.num_features
-        parts = [slab(ids, offsets, per_sample_weights, batch_size) for slab in self.slabs]
+        batch = (ids, offsets, per_sample_weights)
+        if self._together:
+            vectors = _look_up(self.slabs, *batch, batch_size, self.num_features * self.embedding_dim)
+            return vectors.unflatten(1, (self.num_features, -1))
+        parts = [_look_up([slab], *batch, batch_size, slab.layout[0]) for slab in self.slabs]
+        parts = [slab.backend.finish(p, slab.arrangement.dims) for slab, p in zip(self.slabs, parts, strict=True)]
         vectors = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unflatten(1, (self.num_features, -1))
         return vectors if self._where is None else vectors.index_select(1, self._where)
+
+    def fuse(self, optimizer: Optimizer) -> None:
+        """Have an optimizer of `embeddings.optim` step in the backward pass: no gradient is made, and its `step` has
+        nothing to do. It must hold the parameters of this collection.
+
+        One backward pass is one step: several, to sum gradients, or one forward pass twice, are not for it."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not hasattr(optimizer, "step_fused"):
+            raise ValueError(f"{type(optimizer).__name__} cannot be fused: only optimizers of embeddings.optim can")
+        if not all(id(slab.weight) in held for slab in self.slabs):
+            raise ValueError("the optimizer does not hold the parameters of these embeddings")
+        for slab in self.slabs:
+            slab.fuse(optimizer)
 
     def raise_noted(self) -> None:
         """Wait for the device and raise RuntimeError if its kernels met a bad id; the CPU raises at once."""
@@ -129,3 +152,11 @@ class EmbeddingBags(nn.Module):
         extra = 0 if self._where is None else self._where.element_size()  # a feature's place in the slabs' outputs
         table = {row["feature"]: row for slab in self.slabs for row in slab.feature_table(extra)}
         return [table[feature] for feature in self._order]
+
+
+def _look_up(slabs: Iterable[Slab], ids, offsets, per_sample_weights, batch_size: int, columns: int) -> Tensor:
+    """What slabs write to [B, columns]."""
+    launches = [slab.launch(ids, offsets, batch_size) for slab in slabs]
+    weights, tables = [slab.weight for slab in slabs], [slab.tables for slab in slabs]
+    batch = (ids, offsets, per_sample_weights)
+    return pooled(launches, weights, tables, *batch, batch_size=batch_size, columns=columns)

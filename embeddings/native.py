@@ -27,7 +27,7 @@ MODES = ("auto", "require", "off")
 ARCHITECTURES = ("80", "90")  # A100, H100 and H200
 
 # No contraction of a*b + c and no fast math: every device must give the same bits.
-CXX_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+CXX_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
 CUDA_FLAGS = (
     "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr --Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden"
 )
@@ -185,13 +185,12 @@ def _libraries() -> str:
 
 
 def _ninja_file(cuda: bool) -> str:
-    """The build: bag.cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
+    """The build: every .cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
     libraries = _libraries()
-    lines = [
-        f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out",
-        f"build bag.o: cxx {_in_ninja(CSRC / 'bag.cpp')}",
-    ]
-    objects = "bag.o"
+    lines = [f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out"]
+    sources = sorted(CSRC.glob("*.cpp"))
+    lines += [f"build {source.stem}.o: cxx {_in_ninja(source)}" for source in sources]
+    objects = " ".join(f"{source.stem}.o" for source in sources)
     if cuda:
         lines.append(f"rule nvcc\n  command = {_nvcc(_devices())} -c $in -o $out")
         lines.append(f"build bag_cuda.o: nvcc {_in_ninja(CSRC / 'bag.cu')}")

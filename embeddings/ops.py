@@ -1,9 +1,11 @@
 """The operators' schemas, shapes and gradients. The reference is their composite kernel; csrc's replace it when loaded.
 
     torch.ops.embeddings.bag                          forward
+    torch.ops.embeddings.bag_into                     the same, into some columns of an output that slabs share
     torch.ops.embeddings.bag_backward                 gradient of the whole slab
     torch.ops.embeddings.bag_backward_rows            gradient of the touched slots only
     torch.ops.embeddings.bag_backward_sample_weights  gradient of the per-sample weights
+    torch.ops.embeddings.bag_update                   the optimizer's step on the touched slots: no gradient is kept
     torch.ops.embeddings.raise_noted                  wait for the device, raise what its kernels noted
 
 Arguments, in this order everywhere (Python, C++, CUDA):
@@ -12,10 +14,12 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     offsets            int64 [features * B + 1], or None when every bag has one id
     per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
     tables [F * K, 9]  int64, one row per feature of the slab and probe; columns in `embeddings.index_map`
-    columns            numbers of a row of the output: the features' vectors side by side, at their tables' columns
+    columns            numbers of a row of the output: the features' vectors side by side, at their tables' columns;
+                       of bag_into's out and of a gradient there may be others, of other slabs
     probes, chunks     K, and the most chunks that any table has
     index_map, combine, pooling, accumulate: the numbers below;  features: the names, for errors,
     with reference.SEPARATOR between them
+    first, second      the optimizer's state; rule and the numbers after it: `embeddings.rules`
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
 On CUDA kernels skip such an id and note it: the next call on the same features raises, or raise_noted at once.
 """
@@ -75,6 +79,10 @@ define(
     "str features) -> Tensor",
 )
 define(
+    "embeddings::bag_into",
+    f"(Tensor(a!) out, Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, str features) -> ()",
+)
+define(
     "embeddings::bag_backward",
     f"(Tensor grad, Tensor weights, {_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, bool atomic, str features) -> Tensor",
 )
@@ -86,19 +94,36 @@ define(
     "embeddings::bag_backward_sample_weights",
     f"(Tensor grad, Tensor weights, {_BATCH}, Tensor tables, {_HOW}, str features) -> Tensor",
 )
-
+define(
+    "embeddings::bag_update",
+    "(Tensor grad, Tensor(a!) weights, Tensor(b!)? first, Tensor(c!)? second, "
+    f"{_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, int rule, float lr, float weight_decay, float eps, float beta1, "
+    "float beta2, float correction, int draw, str features) -> ()",
+)
 define("embeddings::raise_noted", "(Tensor weights, str features) -> ()")
 
 impl("embeddings::bag", "CompositeExplicitAutograd", reference.bag)
+impl("embeddings::bag_into", "CompositeExplicitAutograd", reference.bag_into)
 impl("embeddings::bag_backward", "CompositeExplicitAutograd", reference.bag_backward)
 impl("embeddings::bag_backward_rows", "CompositeExplicitAutograd", reference.bag_backward_rows)
 impl("embeddings::bag_backward_sample_weights", "CompositeExplicitAutograd", reference.bag_backward_sample_weights)
+impl("embeddings::bag_update", "CompositeExplicitAutograd", reference.bag_update)
 impl("embeddings::raise_noted", "CompositeExplicitAutograd", lambda weights, features: None)  # the CPU raises at once
 
 
 @register_fake("embeddings::bag")
 def _(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, *how):
     return weights.new_empty(batch_size, columns)
+
+
+@register_fake("embeddings::bag_into")
+def _(out, weights, *batch_and_how):
+    return None
+
+
+@register_fake("embeddings::bag_update")
+def _(grad, weights, *state_batch_and_how):
+    return None
 
 
 @register_fake("embeddings::bag_backward")
@@ -122,25 +147,29 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(weights, ids, offsets, per_sample_weights, tables)
 
 
+def weights_gradient(grad: Tensor, weights: Tensor, batch: tuple, layout, accumulate: int, features: str) -> Tensor:
+    """The gradient of a slab [S, Z] or [S], sparse under accumulate=rows. batch: ids, offsets, per_sample_weights,
+    tables."""
+    shape, weights = weights.shape, weights.unsqueeze(1) if weights.dim() == 1 else weights
+    slab = (grad, weights, *batch, *layout)
+    if accumulate == Accumulate.ROWS:
+        units, values = torch.ops.embeddings.bag_backward_rows(*slab, features)
+        values = values.view(-1, *shape[1:])
+        return torch.sparse_coo_tensor(units[None], values, shape, is_coalesced=True, check_invariants=False)
+    atomic = accumulate == Accumulate.ATOMIC
+    if atomic and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("accumulate=atomic does not repeat; with deterministic algorithms use sorted or rows")
+    return torch.ops.embeddings.bag_backward(*slab, atomic, features).view(shape)
+
+
 def _backward(ctx, grad: Tensor):
     weights, ids, offsets, per_sample_weights, tables = ctx.saved_tensors
     weights_grad = sample_weights_grad = None
-    shape, weights = weights.shape, weights.unsqueeze(1) if weights.dim() == 1 else weights
     if ctx.needs_input_grad[0]:
-        slab = (grad, weights, ids, offsets, per_sample_weights, tables, *ctx.how)
-        if ctx.accumulate == Accumulate.ROWS:
-            units, values = torch.ops.embeddings.bag_backward_rows(*slab, ctx.features)
-            weights_grad = torch.sparse_coo_tensor(
-                units[None], values.view(-1, *shape[1:]), shape, is_coalesced=True, check_invariants=False
-            )
-        else:
-            atomic = ctx.accumulate == Accumulate.ATOMIC
-            if atomic and torch.are_deterministic_algorithms_enabled():
-                raise RuntimeError(
-                    "accumulate=atomic does not repeat; with deterministic algorithms use sorted or rows"
-                )
-            weights_grad = torch.ops.embeddings.bag_backward(*slab, atomic, ctx.features).view(shape)
+        batch = (ids, offsets, per_sample_weights, tables)
+        weights_grad = weights_gradient(grad, weights, batch, ctx.how, ctx.accumulate, ctx.features)
     if ctx.needs_input_grad[3]:
+        weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
         sample_weights_grad = torch.ops.embeddings.bag_backward_sample_weights(
             grad, weights, ids, offsets, tables, *ctx.how, ctx.features
         )

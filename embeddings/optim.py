@@ -2,8 +2,12 @@
 
 A slot is a row of the parameter [S, Z]: a row of a dense table, a block of a hashed one; a piece of either where the
 slab's widths differ. Each optimizer takes dense gradients and sparse ones (rows of [S, Z]); for a slot whose gradient
-is zero the two agree, except under Adam, lazy on sparse gradients: the moments of an untouched slot do not decay (as in
-torch.optim.SparseAdam).
+is zero the two agree, except where a step moves a slot whatever its gradient: under Adam, lazy on sparse gradients (the
+moments of an untouched slot do not decay, as in torch.optim.SparseAdam), and under weight_decay (a sparse gradient's
+untouched slots do not decay).
+
+An optimizer may also be fused into the backward pass of a collection (`EmbeddingBags.fuse`): then no gradient is made,
+and `step` finds nothing to do for the collection's parameters. Its steps are those of sparse gradients, bit for bit.
 """
 
 from collections.abc import Iterable
@@ -12,9 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from embeddings.rules import Rule, Step, accumulator, state_shapes, step_rows
+
+STATES = {Rule.ADAM: ("mean", "square")}  # names of a rule's states; of the others "sum"
+
 
 class _Rows(Optimizer):
-    """The loop that every optimizer here shares. A subclass says what one step does to the rows it is given."""
+    """What every optimizer here shares. A subclass says its rule (`embeddings.rules`) and its hyperparameters."""
+
+    rule: Rule
 
     def __init__(self, params: Iterable[Tensor], **options: float) -> None:
         for name, value in options.items():
@@ -31,21 +41,39 @@ class _Rows(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self.state[param]
-                if not state:
-                    state.update(self.initial_state(param))
-                if param.grad.is_sparse:
-                    slots, values = _touched_rows(param.grad)
-                    self.update_rows(param, slots, values, state, group)
-                else:
-                    self.update_rows(param, None, param.grad, state, group)
+                step, states = self._begin(param, group)
+                rows, grads = _touched_rows(param.grad) if param.grad.is_sparse else (None, param.grad)
+                step_rows(step, param, rows, grads.to(accumulator(param.dtype)), *states)
 
-    def initial_state(self, param: Tensor) -> dict[str, Tensor | int]:
-        return {}
+    @torch.no_grad()
+    def step_fused(self, grad: Tensor, param: Tensor, batch: tuple, layout: tuple[int, ...], features: str) -> None:
+        """Update a slab given the gradient [B, columns] of what was looked up in it.
 
-    def update_rows(self, param: Tensor, slots: Tensor | None, grads: Tensor, state: dict, group: dict) -> None:
-        """One step on param[slots] (all of it if None), given their gradients [U, Z]."""
-        raise NotImplementedError
+        batch: ids, offsets, per_sample_weights, tables; layout, features: as `embeddings.ops`."""
+        group = next(group for group in self.param_groups if any(one is param for one in group["params"]))
+        (rule, *numbers), states = self._begin(param, group)
+        torch.ops.embeddings.bag_update(grad, param.detach(), *states, *batch, *layout, rule, *numbers, features)
+        torch.autograd.graph.increment_version(param)  # what saved it for a backward pass must not go on with these
+
+    def _begin(self, param: Tensor, group: dict) -> tuple[Step, list[Tensor | None]]:
+        """Counts a step where one is counted. Returns its hyperparameters, and the states, None where there are none."""
+        state = self.state[param]
+        names = STATES.get(self.rule, ("sum",))
+        shapes = state_shapes(self.rule, param)
+        for name, shape in zip(names, shapes, strict=False):
+            if name not in state:
+                state[name] = param.new_zeros(shape, dtype=accumulator(param.dtype))
+        rounds = param.dtype not in (torch.float32, torch.float64)
+        if self.rule == Rule.ADAM or rounds:
+            state["step"] = int(state.get("step", 0)) + 1  # a tensor in checkpoints of earlier versions
+        t = state.get("step", 0)
+        lr, correction = group["lr"], 1.0
+        beta1, beta2 = group.get("beta1", 0.0), group.get("beta2", 0.0)
+        if self.rule == Rule.ADAM:
+            lr, correction = lr / (1 - beta1**t), 1 - beta2**t
+        decay, eps = group.get("weight_decay", 0.0), group.get("eps", 0.0)
+        step = Step(self.rule, lr, decay, eps, beta1, beta2, correction, t)
+        return step, [*(state[name] for name, _ in zip(names, shapes, strict=False)), None, None][:2]
 
 
 def _touched_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,47 +86,22 @@ def _touched_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
     return slots, grad._values()
 
 
-def _read(tensor: Tensor, slots: Tensor | None) -> Tensor:
-    return tensor if slots is None else tensor.index_select(0, slots)
-
-
-def _write(tensor: Tensor, slots: Tensor | None, values: Tensor) -> None:
-    if slots is None:
-        tensor.copy_(values)
-    else:
-        tensor.index_copy_(0, slots, values)
-
-
-def _subtract(param: Tensor, slots: Tensor | None, update: Tensor) -> None:
-    if slots is None:
-        param.sub_(update)
-    else:
-        param.index_add_(0, slots, update, alpha=-1)
-
-
 class SGD(_Rows):
     """w -= lr * g."""
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float) -> None:
-        super().__init__(params, lr=lr)
+    rule = Rule.SGD
 
-    def update_rows(self, param, slots, grads, state, group) -> None:
-        _subtract(param, slots, grads * group["lr"])
+    def __init__(self, params: Iterable[Tensor], *, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
 
 
 class Adagrad(_Rows):
     """s += g^2; w -= lr * g / (sqrt(s) + eps). One s per weight. Duchi et al., JMLR 2011."""
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float, eps: float) -> None:
-        super().__init__(params, lr=lr, eps=eps)
+    rule = Rule.ADAGRAD
 
-    def initial_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {"sum": torch.zeros_like(param)}
-
-    def update_rows(self, param, slots, grads, state, group) -> None:
-        total = _read(state["sum"], slots) + grads * grads
-        _write(state["sum"], slots, total)
-        _subtract(param, slots, group["lr"] * grads / (total.sqrt() + group["eps"]))
+    def __init__(self, params: Iterable[Tensor], *, lr: float, eps: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 class RowWiseAdagrad(_Rows):
@@ -107,37 +110,28 @@ class RowWiseAdagrad(_Rows):
     As in Mudigere et al., ISCA 2022 (section on memory).
     """
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float, eps: float) -> None:
-        super().__init__(params, lr=lr, eps=eps)
+    rule = Rule.ROW_WISE_ADAGRAD
 
-    def initial_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {"sum": param.new_zeros(param.shape[0])}
-
-    def update_rows(self, param, slots, grads, state, group) -> None:
-        total = _read(state["sum"], slots) + (grads * grads).mean(1)
-        _write(state["sum"], slots, total)
-        _subtract(param, slots, grads * (group["lr"] / (total.sqrt() + group["eps"]))[:, None])
+    def __init__(self, params: Iterable[Tensor], *, lr: float, eps: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 class Adam(_Rows):
     """Kingma and Ba, ICLR 2015; lazy on sparse gradients (see the module). Two moments per weight."""
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float, beta1: float, beta2: float, eps: float) -> None:
+    rule = Rule.ADAM
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float = 0.0,
+    ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name}={beta} must be in [0, 1)")
-        super().__init__(params, lr=lr, beta1=beta1, beta2=beta2, eps=eps)
-
-    def initial_state(self, param: Tensor) -> dict[str, Tensor | int]:
-        return {"step": 0, "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
-
-    def update_rows(self, param, slots, grads, state, group) -> None:
-        beta1, beta2 = group["beta1"], group["beta2"]
-        state["step"] += 1
-        step = int(state["step"])  # a tensor in checkpoints of earlier versions
-        mean = _read(state["mean"], slots).lerp(grads, 1 - beta1)
-        square = _read(state["square"], slots).lerp(grads * grads, 1 - beta2)
-        _write(state["mean"], slots, mean)
-        _write(state["square"], slots, square)
-        denominator = (square / (1 - beta2**step)).sqrt() + group["eps"]
-        _subtract(param, slots, group["lr"] / (1 - beta1**step) * mean / denominator)
+        super().__init__(params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)

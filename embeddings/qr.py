@@ -115,8 +115,12 @@ class QR(Backend):
         else:
             super().initialise(weights, s, num_embeddings, generator)
 
+    @property
+    def finishes(self) -> bool:
+        return self.order == "legacy" and self.operation != "concat"
+
     def finish(self, vectors: Tensor, dims: list[int]) -> Tensor:
-        if self.order == "compose" or self.operation == "concat":
+        if not self.finishes:
             return vectors
         pools = vectors.split([self.partitions * dim for dim in dims], 1)
         pools = [pool.unflatten(1, (self.partitions, -1)) for pool in pools]  # [B, P, dim]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embeddings import index_map as maps
+from embeddings import rules
 from embeddings.index_map import BEGIN, COLUMN, DIM, NUM_COLUMNS, NUM_EMBEDDINGS, POSITION, WIDTH
 
 RUN = 64  # kRun in csrc/index_map.h
@@ -38,8 +39,10 @@ def _require(condition: bool, what: str) -> None:
         raise RuntimeError(what)
 
 
-def _check(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout: Layout, features) -> None:
-    """Everything that can be told without looking at ids."""
+def _check(
+    weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout: Layout, features, *, shared=True
+) -> None:
+    """Everything that can be told without looking at ids. shared: the columns may be those of others, too."""
     _require(weights.dim() == 2 and weights.shape[1] > 0, "weights must be [units, numbers of a unit]")
     _require(1 <= layout.probes <= MAX_PROBES, "probes must be 1 to 32")
     right = tables.dim() == 2 and tables.shape[1] == NUM_COLUMNS and tables.dtype == torch.int64
@@ -63,10 +66,11 @@ def _check(weights, ids, offsets, per_sample_weights, tables, batch_size, column
         fits = per_sample_weights.shape == ids.shape and per_sample_weights.dtype == weights.dtype
         _require(fits, "per_sample_weights must be [N], of the weights' dtype")
     _require(weights.dtype in DTYPES, "weights must be float32, float64, float16 or bfloat16")
-    _check_tables(tables, num_bags // batch_size if batch_size else None, columns, weights.shape, layout, features)
+    num_positions = num_bags // batch_size if batch_size else None
+    _check_tables(tables, num_positions, columns, weights.shape, layout, features, shared)
 
 
-def _check_tables(tables, num_positions: int | None, columns: int, slab, layout: Layout, features: str) -> None:
+def _check_tables(tables, num_positions: int | None, columns: int, slab, layout: Layout, features: str, shared) -> None:
     """num_positions: features of the batch, or None if it has no samples; slab: [units, numbers of a unit]."""
     num_units, unit = slab
     slices, end, column = [], 0, 0  # the slab's slices so far, their end, and that of the output's columns
@@ -92,6 +96,8 @@ def _check_tables(tables, num_positions: int | None, columns: int, slab, layout:
                 slices.append((begin, num_slots, width))
                 end = begin + num_slots * width
             num_ids = min(num_ids * num_slots, 1 << 63)
+            if shared and k == 0 and column < at <= columns:
+                column = at
             importance = layout.combine == WEIGHTED and k == layout.probes - 1
             alike = (dim, width) == (k, k) if importance else (dim, width) == tuple(probes[0][DIM : WIDTH + 1])
             alone = layout.combine == CONCAT
@@ -101,7 +107,7 @@ def _check_tables(tables, num_positions: int | None, columns: int, slab, layout:
         column += 0 if layout.combine == CONCAT else probes[0][DIM]
         if layout.index_map in maps.RANGED and num_ids < num_embeddings:
             raise RuntimeError(f"feature {name}: its slots tell {num_ids} ids apart, not {num_embeddings}")
-    _require(column == columns, f"the features' vectors take {column} columns of {columns}")
+    _require(column <= columns if shared else column == columns, f"the features' vectors take {column} columns of {columns}")
 
 
 def _name(features: str, f: int) -> str:
@@ -277,8 +283,24 @@ def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, 
     *layout, _, features = layout_accumulate_features
     layout = Layout(*layout)
     weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
-    _check(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout, features)
+    _check(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout, features, shared=False)
     out = weights.new_empty(batch_size, columns)
+    _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout, features)
+    return out
+
+
+def bag_into(out, weights, ids, offsets, per_sample_weights, tables, *layout_features) -> None:
+    """Writes the pooled vectors to their columns of out [B, columns]."""
+    *layout, features = layout_features
+    layout = Layout(*layout)
+    right = out.dim() == 2 and out.is_contiguous() and out.dtype == weights.dtype
+    _require(right, "out must be contiguous [B, columns], of the weights' dtype and on their device")
+    _check(weights, ids, offsets, per_sample_weights, tables, *out.shape, layout, features)
+    _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout, features)
+
+
+def _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout: Layout, features) -> None:
+    batch_size = len(out)
     for batch in unroll(weights, ids, offsets, tables, batch_size, layout, features):
         vectors = _combined(_vectors(weights, batch), layout.combine)
         if layout.pooling == MAX:
@@ -292,7 +314,6 @@ def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, 
                 pooled = pooled / batch.counts.clamp(min=1)[:, None]
         pooled = pooled.to(weights.dtype).view(len(batch.columns), batch_size, vectors.shape[1])  # [F, B, L]
         out[:, batch.columns] = pooled.transpose(0, 1)
-    return out
 
 
 def _base_grads(grad, weights, per_sample_weights, batch: Unrolled, vectors, layout: Layout) -> Tensor:
@@ -369,6 +390,14 @@ def bag_backward_rows(grad, weights, ids, offsets, per_sample_weights, tables, *
     *layout, features = layout_features
     units, values = _touched(grad, weights, ids, offsets, per_sample_weights, tables, Layout(*layout), features)
     return units, values.to(weights.dtype)
+
+
+def bag_update(grad, weights, first, second, ids, offsets, per_sample_weights, tables, *layout_step_features) -> None:
+    """One step of the optimizer on the touched units; those of `rules.step`'s arguments are numbers."""
+    layout, (rule, *numbers), features = layout_step_features[:5], layout_step_features[5:-1], layout_step_features[-1]
+    rules.check_state(rule, weights, first, second)
+    units, values = _touched(grad, weights, ids, offsets, per_sample_weights, tables, Layout(*layout), features)
+    rules.step_rows(rules.Step(rules.Rule(rule), *numbers), weights, units, values, first, second)
 
 
 def bag_backward_sample_weights(grad, weights, ids, offsets, tables, *layout_features):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from embeddings.arrangement import Arrangement, Lookup, seed_of
 from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, spread
 from embeddings.ops import Accumulate, Pooling
+from embeddings.pooled import Launch
 
 # what accumulate=auto goes by: below this share of touched units their rows alone are cheaper than a dense gradient (on
 # a CPU up to 0.45 with SGD, 0.65 with Adagrad: benchmarks/accumulate.py; half of that, as batches vary); above so many
@@ -66,6 +67,7 @@ class Slab(nn.Module):
         self.register_buffer("tables", torch.tensor(self.arrangement.tables, dtype=torch.int64, device=device))
         # None until `auto` has measured
         self._accumulate = None if self.backend.accumulate == "auto" else Accumulate[self.backend.accumulate.upper()]
+        self._optimizer = None  # one that is fused
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -91,11 +93,34 @@ class Slab(nn.Module):
 
         positions: [F * K], where in this batch the feature of each row of `tables` is, if not where the lookups say."""
         tables = self.tables if positions is None else torch.cat([positions[:, None], self.tables[:, 1:]], 1)
-        if self._accumulate is None and torch.is_grad_enabled() and self.weight.requires_grad and ids.numel():
-            self._accumulate = self._measure(ids, offsets, batch_size, tables)
-        accumulate = Accumulate.SORTED if self._accumulate is None else self._accumulate
+        accumulate = self._accumulate_for(ids, offsets, batch_size, tables)
         batch = (tables, ids, offsets, per_sample_weights, batch_size)
         return self.arrangement.bag(self.weight, *batch, accumulate)
+
+    def launch(self, ids: Tensor, offsets: Tensor | None, batch_size: int) -> Launch:
+        """How `pooled` reads this slab, and passes back what it gets."""
+        _, *how = self.layout
+        accumulate = Accumulate.ROWS if self.fused else self._accumulate_for(ids, offsets, batch_size, self.tables)
+        update = self._update if self.fused else None
+        return Launch(tuple(how), int(accumulate), self.arrangement.features, update)
+
+    @property
+    def fused(self) -> bool:
+        """Whether an optimizer steps in the backward pass."""
+        return self._optimizer is not None
+
+    def fuse(self, optimizer) -> None:
+        """Have the optimizer (of `embeddings.optim`) step in the backward pass, so that no gradient is kept."""
+        self._optimizer = optimizer
+
+    def _update(self, grad: Tensor, batch: tuple, layout: tuple[int, ...], features: str) -> None:
+        self._optimizer.step_fused(grad, self.weight, batch, layout, features)
+
+    def _accumulate_for(self, ids: Tensor, offsets: Tensor | None, batch_size: int, tables: Tensor) -> Accumulate:
+        """The way of gradients; `auto` looks at its first batch."""
+        if self._accumulate is None and torch.is_grad_enabled() and self.weight.requires_grad and ids.numel():
+            self._accumulate = self._measure(ids, offsets, batch_size, tables)
+        return Accumulate.SORTED if self._accumulate is None else self._accumulate
 
     @torch.no_grad()
     def _measure(self, ids: Tensor, offsets: Tensor | None, batch_size: int, tables: Tensor) -> Accumulate:
@@ -122,7 +147,9 @@ class Slab(nn.Module):
         return {table: sum(s.num_slots * s.width for s in slices) for table, slices in self.slices.items()}
 
     def gradient_bytes(self, batch_size: int) -> dict[str, int]:
-        """Table -> the most that one step's gradient of its weights takes, in a batch of one id per bag."""
+        """Table -> the most that one step's gradient of its weights takes, in a batch of one id per bag; fused: none."""
+        if self.fused:
+            return dict.fromkeys(self.rows, 0)
         num_units, unit = self.weight.shape
         size = self.weight.element_size()
         if self._accumulate != Accumulate.ROWS:

@@ -1,0 +1,74 @@
+"""The lookups of several slabs as one step of autograd: into one output, and back into each slab or its optimizer."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from embeddings import native
+from embeddings.ops import weights_gradient
+
+
+class Launch(NamedTuple):
+    """How a slab is read, and what its gradient becomes; tensors apart."""
+
+    layout: tuple[int, ...]  # probes, chunks, index_map, combine, pooling
+    accumulate: int
+    features: str
+    update: Callable | None  # update(grad, batch, layout, features) instead of a gradient, or None
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, launches, batch_size, columns, ids, offsets, per_sample_weights, *slabs):
+        """slabs: the launches' weights, then their tables."""
+        weights, tables = slabs[: len(launches)], slabs[len(launches) :]
+        out = weights[0].new_empty(batch_size, columns)
+        for launch, weight, table in zip(launches, weights, tables, strict=True):
+            batch = (ids, offsets, per_sample_weights, table)
+            torch.ops.embeddings.bag_into(out, weight, *batch, *launch.layout, launch.features)
+        ctx.launches = launches
+        ctx.save_for_backward(ids, offsets, per_sample_weights, *slabs)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        ids, offsets, per_sample_weights, *slabs = ctx.saved_tensors
+        num_slabs = len(ctx.launches)
+        gradients, of_sample_weights = [], None
+        for i, launch in enumerate(ctx.launches):
+            weight, table = slabs[i], slabs[num_slabs + i]
+            if ctx.needs_input_grad[5]:  # before an update moves the weights
+                part = torch.ops.embeddings.bag_backward_sample_weights(
+                    grad, weight, ids, offsets, table, *launch.layout, launch.features
+                )
+                of_sample_weights = part if of_sample_weights is None else of_sample_weights + part
+            batch = (ids, offsets, per_sample_weights, table)
+            gradient = None
+            if ctx.needs_input_grad[6 + i]:
+                if launch.update is not None:
+                    launch.update(grad, batch, launch.layout, launch.features)
+                else:
+                    gradient = weights_gradient(grad, weight, batch, launch.layout, launch.accumulate, launch.features)
+            gradients.append(gradient)
+        return (None, None, None, None, None, of_sample_weights, *gradients, *(None,) * num_slabs)
+
+
+def pooled(
+    launches: list[Launch],
+    weights: list[Tensor],
+    tables: list[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    *,
+    batch_size: int,
+    columns: int,
+) -> Tensor:
+    """Pooled vectors [B, columns] of slabs whose tables say which columns are theirs; arguments as `embeddings.ops`.
+
+    Where a launch has an update, the backward pass calls it and the weights get no gradient."""
+    native.ensure()
+    batch = (ids, offsets, per_sample_weights)
+    return _Pooled.apply(tuple(launches), batch_size, columns, *batch, *weights, *tables)
