@@ -27,7 +27,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlrm import checkpoint, expected, jobs
+from dlrm import checkpoint, expected, jobs, linear
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, needs, reset_peak, share_heap
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
@@ -206,6 +206,7 @@ def train(config: dict, folder: Path) -> dict:
         )
         if (config["expected"] or {}).get("at_best") and not (settings.eval_every and settings.keep_best):
             raise ConfigError("expected.at_best=true: needs trainer.eval_every above 0 and trainer.keep_best=true")
+        library = linear.choose(config["linear"], device=config["device"], precision=config["precision"])
         if not reset_peak(config["device"]):
             print("memory/peak_bytes is since the process began: this system cannot restart it")
         dataset = build("data", config["data"])
@@ -229,8 +230,9 @@ def train(config: dict, folder: Path) -> dict:
         bags = EmbeddingBags(chosen, dataset.cardinalities, **how)
         torch.manual_seed(seed_of(config["seed"], "model"))
         model = make_model(bags, len(dataset.dense_names)).to(config["device"])
-        log = RunLog(folder, facts=facts(config), hparams=hparams(config))
-    say_what_is_replaced(bags)
+        linear.use(model, library)
+        log = RunLog(folder, facts=facts(config) | {"linear": library}, hparams=hparams(config))
+    say_what_is_replaced(bags, config)
     trainer = Trainer(
         model,
         dataset,
@@ -328,6 +330,7 @@ def check_root(config: dict) -> None:
     expected.check(config["expected"])
     for key, choices in {
         "native": native.MODES,
+        "linear": linear.CHOICES,
         "pooling": ("sum", "mean", "max"),
         "deterministic": (True, False),
     }.items():
@@ -356,8 +359,10 @@ def print_plan(dataset, bags: EmbeddingBags, needed: Needs) -> None:
     print(needed, flush=True)
 
 
-def say_what_is_replaced(bags: EmbeddingBags) -> None:
-    """One line if something else runs than the config says."""
+def say_what_is_replaced(bags: EmbeddingBags, config: dict) -> None:
+    """One line for each thing that runs otherwise than the config's words suggest."""
+    if config["precision"] == "bf16" and config["device"] == "cpu" and linear.emulates_bf16(linear.cpu_flags()):
+        print("precision=bf16: this CPU has no bf16 instructions, so they are emulated; fp32 is 4 to 6 times as fast")
     on_cpu = [slab.backend for slab in bags.slabs if not slab.weight.is_cuda]
     if atomic := sorted({backend.name for backend in on_cpu if backend.accumulate == "atomic"}):
         print(f"{', '.join(atomic)}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)")

@@ -126,15 +126,13 @@ def shuffled(count: int, *, seed: int, epoch: int, block: int, start: int) -> It
     """Index arrays that together are a permutation of range(count) from place `start` on: a pure function of
     (seed, epoch). Up to `block` rows this is one uniform permutation. Larger files are cut into chunks of CHUNK_ROWS
     neighbours; the chunks are shuffled, and the rows of each `block` of chunks: reads stay nearly sequential."""
-    rng = np.random.default_rng([seed, epoch])
     if count <= block:
-        chunks, pool = np.zeros(1, np.int64), 1
-        chunk_rows = max(count, 1)
-    else:
-        chunk_rows = min(CHUNK_ROWS, block)
-        chunks = np.append(rng.permutation(count // chunk_rows), count // chunk_rows)  # the short chunk comes last
-        pool = block // chunk_rows
-    seen = 0
+        yield np.random.default_rng([seed, epoch, 0]).permutation(count)[start:]
+        return
+    chunk_rows = min(CHUNK_ROWS, block)
+    chunks = np.random.default_rng([seed, epoch]).permutation(count // chunk_rows)
+    chunks = np.append(chunks, count // chunk_rows)  # the short chunk comes last
+    pool, seen = block // chunk_rows, 0
     for first in range(0, len(chunks), pool):
         index = (chunks[first : first + pool, None] * chunk_rows + np.arange(chunk_rows)).reshape(-1)
         index = index[index < count]
@@ -184,7 +182,8 @@ class Prepared:
     def _open(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         if 0 in shape:
             return np.zeros(shape, dtype)
-        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
+        # as a plain array: memmap's own class makes every look at it slower
+        return np.asarray(np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape))
 
     def batches(
         self,
@@ -202,7 +201,8 @@ class Prepared:
         count = self.num_samples[split]
         before = takewhile(split.__ne__, stored_order(self.manifest["last"]))
         first = sum(self.num_samples[name] for name in before)
-        limits = np.array([KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()], np.int64)
+        limits = [KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()]
+        limits = torch.tensor(limits, dtype=torch.int32)  # [F]
         if split == "train":
             if block is None:
                 order = in_order(count, start=start)
@@ -216,24 +216,29 @@ class Prepared:
         for index in picks:
             yield self._batch(index, limits)
 
-    def _batch(self, index: np.ndarray, limits: np.ndarray) -> Batch:
+    def _batch(self, index: np.ndarray, limits: torch.Tensor) -> Batch:
         """The rows index [B] as a Batch; limits [F]: the first id of each feature that becomes 0."""
-        ids = self.ids[index].T  # [F1, B]
-        ids = np.where(ids >= limits[: self.num_single, None], 0, ids).astype(np.int32)
-        offsets = None
+        ids = torch.from_numpy(self.ids.take(index, axis=0)).t().contiguous()  # [F1, B]
+        most = limits[: self.num_single]
+        # the largest of each feature is cheap to see, and where the vocabulary is training's, that is all
+        if ids.numel() and (ids.amax(1) >= most).any():
+            ids.masked_fill_(ids >= most[:, None], 0)
+        ids, offsets = ids.view(-1), None  # [F1 * B]
         if self.indptrs:
-            bags, lengths = [ids.reshape(-1)], [np.ones(ids.size, np.int64)]
-            for indptr, values, limit in zip(self.indptrs, self.values, limits[self.num_single :], strict=True):
+            bags, lengths = [ids.numpy()], [np.ones(len(ids), np.int64)]
+            for indptr, values, limit in zip(
+                self.indptrs, self.values, limits[self.num_single :].tolist(), strict=True
+            ):
                 begin, length = indptr[index], indptr[index + 1] - indptr[index]
                 before = np.cumsum(length) - length
                 bag = values[np.repeat(begin - before, length) + np.arange(length.sum())]
                 bags.append(np.where(bag >= limit, 0, bag).astype(np.int32))
                 lengths.append(length)
-            ids = np.concatenate(bags)  # [N]
+            ids = torch.from_numpy(np.concatenate(bags))  # [N]
             offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))  # [F*B+1]
         return Batch(
-            dense=torch.from_numpy(np.ascontiguousarray(self.dense[index])),
-            ids=torch.from_numpy(ids.reshape(-1)),
+            dense=torch.from_numpy(self.dense.take(index, axis=0)),
+            ids=ids,
             offsets=offsets,
-            labels=torch.from_numpy(self.labels[index].astype(np.float32)),
+            labels=torch.from_numpy(self.labels.take(index).astype(np.float32)),
         )

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dlrm.linear import mlp
+
 
 class DLRM(nn.Module):
     """The deep learning recommendation model; with `interaction=LowRankCross` it is DCN-v2.
@@ -34,16 +36,16 @@ class DLRM(nn.Module):
         if embeddings.embedding_dim != embedding_dim:
             raise ValueError(f"model.embedding_dim={embedding_dim}, but the embeddings have {embeddings.embedding_dim}")
         self.embeddings = embeddings
-        self.bottom = _mlp([num_dense, *bottom]) if num_dense else Constant(embedding_dim)
+        self.bottom = mlp([num_dense, *bottom]) if num_dense else Constant(embedding_dim)
         self.interaction = interaction(embeddings.num_features, embedding_dim)
-        self.top = _mlp([self.interaction.out_features, *top[:-1]])
+        self.top = mlp([self.interaction.out_features, *top[:-1]])
         self.head = nn.Linear([self.interaction.out_features, *top][-2], 1)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws all but the embeddings anew, as published: weights [m, n] ~ N(0, 2 / (m + n)), biases ~ N(0, 1 / m)."""
-        for mlp in (self.bottom, self.top, self.head):
-            for layer in mlp.modules():
+        for part in (self.bottom, self.top, self.head):
+            for layer in part.modules():
                 if isinstance(layer, nn.Linear):
                     m, n = layer.weight.shape
                     nn.init.normal_(layer.weight, std=(2 / (m + n)) ** 0.5, generator=generator)
@@ -76,14 +78,6 @@ class Constant(nn.Module):
 
     def forward(self, dense: Tensor) -> Tensor:
         return self.value.expand(dense.shape[0], -1)  # [B, D]
-
-
-def _mlp(widths: list[int]) -> nn.Sequential:
-    """Linear and ReLU for each step of widths, the last included, as in the published code."""
-    layers = []
-    for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return nn.Sequential(*layers)
 
 
 def _check_widths(key: str, widths: list[int], *, last: int, meaning: str) -> None:

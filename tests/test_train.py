@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from dlrm import jobs
+from dlrm.linear import cpu_flags, emulates_bf16
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -144,6 +145,21 @@ def test_a_cpu_run_says_whose_gradients_it_sums_in_order_instead_of_by_atomics(a
     said = [line for line in out.splitlines() if "on the CPU gradients are summed in order" in line]
     wanted = f"{atomic}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)"
     assert said == ([wanted] if atomic else [])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+def test_both_libraries_of_the_dense_layers_train_and_the_summary_names_the_one(library, cli, tmp_path):
+    status, _, err = cli(f"linear={library}", "trainer.max_steps=2", *SMALL, "hydra.run.dir=run")
+    assert status == 0, err
+    assert summary_of(tmp_path / "run")["linear"] == library
+
+
+@pytest.mark.once
+def test_bf16_says_where_it_is_emulated(cli):
+    status, out, err = cli("precision=bf16", "trainer.max_steps=1", *SMALL)
+    assert status == 0, err
+    assert ("precision=bf16: this CPU has no bf16" in out) == emulates_bf16(cpu_flags())
 
 
 @pytest.mark.once
@@ -281,6 +297,8 @@ REFUSED = [
     (["optimizer.dense.lr=-1"], ["optimizer.dense.lr=-1"]),
     (["optimizer.embedding.eps=-1"], ["eps=-1"]),
     (["native=on"], ["native=on", "auto, require, off"]),
+    (["linear=mkl"], ["linear=mkl", "auto, torch, onednn"]),
+    (["linear=onednn", "precision=bf16"], ["linear=onednn", "precision=fp32", "linear=auto"]),
     (["precision=fp16"], ["precision=fp16", "fp32, bf16"]),
     (["device=gpu"], ["device=gpu", "cpu, cuda"]),
     (["pooling=avg"], ["pooling=avg", "sum, mean, max"]),
