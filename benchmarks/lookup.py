@@ -30,7 +30,7 @@ from benchmarks.measure import (
     words,
 )
 from benchmarks.shapes import LAWS, TABLES, Draws, backends, fuse, make_bags, touch
-from embeddings import native, optim
+from embeddings import EmbeddingBags, native, optim
 
 OPTIMIZERS = {
     "sgd": partial(optim.SGD, lr=peers.RATE),
@@ -44,6 +44,7 @@ MOST_BYTES = 7 << 30  # of all competitors' tables
 MOST_NUMBERS = 1 << 27  # of a batch's vectors, for each competitor
 MOST_IDS = 1 << 22
 DENSE_BYTES = 1 << 26  # above, a dense gradient takes longer than any cell is worth
+MakePeer = Callable[[Tensor | None], "Contender"]
 MIX = ["dense", "hashed 0.01 block 16", "hashed 0.1 block 8", "bloom 0.1", "qr 0.1"]
 SHORT = "--tables kaggle/10,1e6 --dims 16 --bags 1,10 --batches 2048 --laws uniform --seconds 0.6"
 
@@ -81,28 +82,30 @@ class Contender:
             self.is_touched = True
 
 
-def ours(name: str, rows: list[int], dim: int, work: str, device: str) -> tuple[Contender, bool]:
+def ours(bags: EmbeddingBags, work: str) -> tuple[Contender, bool]:
     """Our contender, and whether its update is fused into backward."""
-    bags = make_bags(backends(dim)[name], rows).to(device)
     optimizer = OPTIMIZERS[work](bags.parameters()) if work in OPTIMIZERS else None
     is_fused = optimizer is not None and fuse(bags, optimizer)
     return Contender(bags, lambda batch: batch.arguments, lambda x: bags(*x), optimizer), is_fused
 
 
-def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[str, Callable[[Tensor], Contender]]]:
-    """Each other library that can do this work: its name, and how it is made of flat weights [rows * D]."""
+def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[str, MakePeer]]:
+    """Each other library that can do this work: its name, and how it is made, of these weights or of its own.
+
+    weights: [rows * D], or None."""
     updates = work in OPTIMIZERS
 
-    def torch_peer(sparse: bool, flat: Tensor) -> Contender:
-        parts = flat.split([n * dim for n in rows])
+    def torch_peer(sparse: bool, weights: Tensor | None) -> Contender:
+        weights = torch.empty(sum(rows) * dim, device=device).uniform_() if weights is None else weights
+        parts = weights.split([n * dim for n in rows])
         module = peers.TorchBags([part.view(-1, dim) for part in parts], sparse=sparse)
         make = peers.TORCH_OPTIMIZERS[work][0 if sparse else 1] if updates else None
         optimizer = make(module.parameters(), lr=peers.RATE) if updates else None
         return Contender(module, module.ready, module, optimizer)
 
-    def fbgemm_peer(flat: Tensor) -> Contender:
+    def fbgemm_peer(weights: Tensor | None) -> Contender:
         tbe = peers.make_tbe(rows, dim, work if updates else "sgd", device=device)
-        peers.fill(tbe, flat)
+        peers.fill(tbe, weights)
         return Contender(tbe, lambda batch: (batch.ids, batch.offsets), lambda x: tbe(*x))
 
     if not updates or work in peers.TORCH_OPTIMIZERS:
@@ -117,22 +120,20 @@ def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str,
     """All that fit into memory by name, who does not, and whether our updates are fused."""
     made, left_out, is_fused = {}, [], False
     for name in options.backends:
-        made[name], is_fused = ours(name, rows, dim, work, options.device)
+        made[name], is_fused = ours(make_bags(backends(dim)[name], rows).to(options.device), work)
     table = sum(rows) * dim * 4
     copies = COPIES.get(work, 1)
     held = table * copies
-    dense = made.get("dense")
-    flat = torch.empty(sum(rows) * dim).uniform_() if dense is None else dense.module.slabs[0].weight.detach().view(-1)
-    flat = flat.to(options.device)
+    flat = made["dense"].module.slabs[0].weight.detach().view(-1) if "dense" in made else None
     for name, make in theirs(rows, dim, work, options.device):
         # where tables of their own do not fit, all have the same memory, and rows stay cold: each has ids of its own
-        is_shared = held + table * copies > MOST_BYTES
+        is_shared = flat is not None and held + table * copies > MOST_BYTES
         held += table * (copies - is_shared)
         if held > MOST_BYTES:
             left_out.append(name)
             held -= table * (copies - is_shared)
         else:
-            made[name] = make(flat if is_shared else flat.clone())
+            made[name] = make(flat if is_shared else None)
     return made, left_out, is_fused
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from dlrm import memory
 from dlrm.run_folder import git_commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +52,14 @@ def interleave(
 def wait(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def added_bytes(device: str, work: Callable[[], object]) -> int:
+    """By how much work raised the peak of this process, on a GPU of its allocator, above what was in use before."""
+    memory.reset_peak(device)
+    before = memory.peak_bytes(device)
+    work()
+    return memory.peak_bytes(device) - before
 
 
 class Ratio(NamedTuple):
@@ -94,8 +104,8 @@ def read_options(
 ) -> argparse.Namespace:
     """arguments, or the command line's; `short` is what --quick stands for. command: what is to be recorded."""
     given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args([*(short.split() if "--quick" in given else ()), *given])
-    options.command = " ".join(["python -m", f"benchmarks.{name}", *given])
+    options = parser.parse_args([*(shlex.split(short) if "--quick" in given else ()), *given])
+    options.command = shlex.join(["python", "-m", f"benchmarks.{name}", *given])
     return options
 
 

@@ -62,10 +62,12 @@ def make_tbe(rows: list[int], dim: int, work: str, *, device: str) -> nn.Module:
 
 
 @torch.no_grad()
-def fill(tbe: nn.Module, weights: Tensor) -> None:
-    """Give it these weights [rows * D], the very memory on a CPU, and zeros of state on pages of their own."""
+def fill(tbe: nn.Module, weights: Tensor | None) -> None:
+    """Give it these weights [rows * D], the very memory, or random ones; and a state of zeros on pages of their own."""
     for name, parameter in tbe.named_parameters():
-        if name.startswith("weights"):
+        if name.startswith("weights") and weights is not None:
             parameter.data = weights
+        elif name.startswith("weights"):
+            parameter.uniform_()
         elif name.startswith("momentum"):
             parameter.zero_()

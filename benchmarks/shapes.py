@@ -35,7 +35,7 @@ class Draws:
     """Fresh batches, one per call: F features of `rows` ids, batch_size bags of `bag` ids each, by a law of LAWS."""
 
     def __init__(self, rows: list[int], *, law: str, bag: int, batch_size: int, device: str, seed: int = 0) -> None:
-        self.rows, self.exponent, self.bag, self.device = rows, LAWS[law], bag, device
+        self.rows, self.exponent, self.bag, self.batch_size, self.device = rows, LAWS[law], bag, batch_size, device
         self.generator = np.random.default_rng(seed)
         self.width = batch_size * bag
         self.offsets = torch.arange(0, len(rows) * self.width + 1, bag, device=device)

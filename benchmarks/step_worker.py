@@ -145,8 +145,7 @@ def torchrec(spec: Spec) -> tuple[Callable[[Samples], object], Step]:
         def __init__(self) -> None:
             super().__init__()
             self.tbe = peers.make_tbe(spec.rows, DIM, spec.optimizer, device="cpu")
-            bound = torch.cat([torch.full((n * DIM,), n**-0.5) for n in spec.rows])
-            peers.fill(self.tbe, torch.empty(sum(spec.rows) * DIM).uniform_(-1, 1).mul_(bound))
+            peers.fill(self.tbe, None)
 
         def embedding_bag_configs(self) -> list:
             return [types.SimpleNamespace(embedding_dim=DIM, feature_names=[key]) for key in keys]
