@@ -28,13 +28,12 @@ class Rates(NamedTuple):
     rows: list[dict]
 
     def of(self, work: str, row_bytes: int, table_bytes: int) -> float:
-        """Least nanoseconds per row, all threads at work, in the measured table whose size is the nearest.
+        """Least nanoseconds per row, of any number of threads, in the measured table whose size is the nearest.
 
         A row between the measured sizes costs in proportion to its bytes."""
-        threads = max(row["threads"] for row in self.rows)
         width = min((row["row_bytes"] for row in self.rows), key=lambda w: abs(w - row_bytes))
         nearest = min((row["table_bytes"] for row in self.rows), key=lambda size: abs(size - table_bytes))
-        at = {"row_bytes": width, "table_bytes": nearest, "threads": threads}
+        at = {"row_bytes": width, "table_bytes": nearest}
         fits = [row[work] for row in self.rows if at.items() <= row.items()]
         return min(fits) * row_bytes / width
 

@@ -64,7 +64,8 @@ MULTI_IDS = {  # name -> the law of table t of that dim
     "half binomial to dim 32": lambda t, dim: "half binomial" if dim <= 32 else "uniform",
 }
 HASHED = {"sum": 16, "mean": 16, "max": 16, "single": 16, "sum, dim 256": 256}  # mode -> dim
-SHORT = "--rows 1000,100000 --dims 32 --batches 2048 --mixes 10XS,10S_1L --multi-ids 'all uniform,all halving' --seconds 0.3"
+SHORT = "--rows 1000,100000 --dims 32 --batches 2048 --mixes 10XS,10S_1L --multi-ids 'all uniform,all halving'"
+SHORT += " --seconds 0.3"
 
 
 def _top(n: int, batch_size: int, draw: np.random.Generator) -> np.ndarray:

@@ -47,6 +47,7 @@ DENSE_BYTES = 1 << 26  # above, a dense gradient takes longer than any cell is w
 MakePeer = Callable[[Tensor | None], "Contender"]
 MIX = ["dense", "hashed 0.01 block 16", "hashed 0.1 block 8", "bloom 0.1", "qr 0.1"]
 SHORT = "--tables kaggle/10,1e6 --dims 16 --bags 1,10 --batches 2048 --laws uniform --seconds 0.6"
+SHORT += " --backends 'dense,hashed 0.01 block 16' --works forward,sgd,adagrad,rowwise_adagrad"
 
 
 class Contender:

@@ -119,7 +119,7 @@ def words(text: str) -> list[str]:
 
 
 def machine(device: str) -> dict:
-    """What a number depends on: device, torch, threads, commit and date."""
+    """What a number depends on: device, torch, threads, commit and date, and who else was there."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -131,6 +131,7 @@ def machine(device: str) -> dict:
         "python": platform.python_version(),
         "commit": git_commit() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.now(UTC).date().isoformat(),
+        "load_average": round(os.getloadavg()[0], 1),  # processes that ran or waited to, in the last minute: ours too
     }
 
 

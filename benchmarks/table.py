@@ -1,7 +1,7 @@
 """The tables of benchmarks/README.md from the recorded results.  python -m benchmarks.table [FOLDER]
 
-Rewrites what stands between `<!-- table NAME -->` and `<!-- end -->`, so that no number is typed by hand. With FOLDER it
-prints the tables of the results there instead.
+Rewrites what stands between `<!-- table NAME -->` and `<!-- end -->`, so that no number is typed by hand. With FOLDER
+it prints the tables of the results there instead.
 """
 
 import json
@@ -36,26 +36,24 @@ def bandwidth(rows: Rows) -> str:
 
 
 def lookup(rows: Rows) -> str:
-    """A summary of all cells, and the cells of dim 16, uniform ids and batch 2048 one by one."""
-    groups: dict[tuple, list[list[float]]] = {}
+    """The fastest peer's time over ours: a summary of all cells, and those of dim 16, uniform ids and batch 2048."""
+    groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
-        for name, ratio in row.get("ratio", {}).items():
-            groups.setdefault((row["tables"], row["work"], name), []).append(ratio)
+        groups.setdefault((row["tables"], row["work"]), []).append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row.get("ratio", {})))
     summary = [
-        {"tables": tables, "work": work, "ours": name, "cells": len(ratios)}
-        | {"mean": geometric_mean(r[0] for r in ratios)}
-        | {"least": min(r[0] for r in ratios), "most": max(r[0] for r in ratios)}
-        | {"surely faster": sum(r[1] > 1 for r in ratios), "surely slower": sum(r[2] < 1 for r in ratios)}
-        for (tables, work, name), ratios in groups.items()
+        {"tables": tables, "work": work, "cells": len(cells)}
+        | {name: _mean([row["ratio"][name] for row in cells if "ratio" in row]) for name in names}
+        for (tables, work), cells in groups.items()
     ]
-    chosen = [row for row in rows if (row["dim"], row["ids"], row["batch_size"]) == (16, "uniform", 2048)]
     cells = [
         {key: row[key] for key in ("tables", "bag", "work")}
         | {"fastest peer": row.get("best_peer", "none")}
-        | {"its us": row["microseconds"].get(row.get("best_peer"), "-")}
-        | {name: _interval(ratio) for name, ratio in row.get("ratio", dict.fromkeys(_ours(rows), ())).items()}
+        | {"its us": _time(row["microseconds"].get(row.get("best_peer")))}
+        | {name: _interval(row.get("ratio", {}).get(name)) for name in names}
         | {"dense, of the machine's limit": row["share_of_measured"].get("dense", "-")}
-        for row in chosen
+        for row in rows
+        if (row["dim"], row["ids"], row["batch_size"]) == (16, "uniform", 2048)
     ]
     return f"{markdown_table(summary)}\n\n{markdown_table(cells)}"
 
@@ -73,30 +71,26 @@ def step(rows: Rows) -> str:
 
 def growth(rows: Rows) -> str:
     names = list(dict.fromkeys(row["name"] for row in rows))
-    places = dict.fromkeys((row["axis"], row["value"]) for row in rows)
     found = {(row["axis"], row["value"], row["name"]): row for row in rows}
     table = []
-    for axis, value in places:
-        line = {"axis": axis, "value": value}
+    for axis, value in dict.fromkeys((row["axis"], row["value"]) for row in rows):
+        line = {"against": axis, "of": value}
         for name in names:
-            row = found.get((axis, value, name))
-            line[f"{name}: us"] = "-" if row is None else row["microseconds"]
-            line["MiB" + " " * names.index(name)] = "-" if row is None else row["peak_MiB"]  # a key of its own
+            row = found.get((axis, value, name), {})
+            line |= {f"{name}, us": _time(row.get("microseconds")), f"{name}, MiB": row.get("peak_MiB", "-")}
         table.append(line)
     return markdown_table(table)
 
 
 def grids(rows: Rows) -> str:
-    """Of each module and law of ids: torch's time over ours, and the bytes."""
+    """Of each module and law of ids: torch's time over ours, geometric mean, least and most, and the most bytes."""
     groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
         mode = f"{row.get('mode')}, hash={row.get('hash')}"
         groups.setdefault((row["grid"], mode if row["grid"] == "hashed" else row["ids"]), []).append(row)
     return markdown_table(
         [
-            {"grid": grid, "": label, "cells": len(members)}
-            | {"mean": geometric_mean(row["ratio"][0] for row in members)}
-            | {"least": min(row["ratio"][0] for row in members), "most": max(row["ratio"][0] for row in members)}
+            {"grid": grid, "": label, "cells": len(members), "torch / ours": _mean([row["ratio"] for row in members])}
             | {"torch, MiB": max(row["torch_peak_MiB"] for row in members)}
             | {"ours, MiB": max(row["ours_peak_MiB"] for row in members)}
             for (grid, label), members in groups.items()
@@ -113,12 +107,18 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 }
 
 
-def _interval(ratio: list[float]) -> str:
-    return "{} ({}..{})".format(*ratio) if ratio else "-"
+def _interval(ratio: list[float] | None) -> str:
+    return "{:.2f} ({:.2f}..{:.2f})".format(*ratio) if ratio else "-"
 
 
-def _ours(rows: Rows) -> list[str]:
-    return next((list(row["ratio"]) for row in rows if "ratio" in row), [])
+def _mean(ratios: list[list[float]]) -> str:
+    """Geometric mean, least and most of medians."""
+    medians = [ratio[0] for ratio in ratios]
+    return f"{geometric_mean(medians):.2f} ({min(medians):.2f}..{max(medians):.2f})" if medians else "-"
+
+
+def _time(microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{microseconds:,.0f}"
 
 
 def text_of(name: str, folder: Path) -> str:
@@ -127,7 +127,8 @@ def text_of(name: str, folder: Path) -> str:
     for path in (folder / f"{name}-{device}.json" for device in ("cpu", "cuda")):
         if path.exists():
             found = json.loads(path.read_text())
-            facts = f"torch {found['torch']}, {found['date']}, commit {found['commit']}"
+            facts = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:7]}"
+            facts += f", load average {found['load_average']}"
             parts.append(f"`{found['command']}` on {found['device']}; {facts}:\n\n{TABLES[name](found['rows'])}\n")
     return "\n" + ("\n".join(parts) or f"Not recorded yet: `python -m benchmarks.{name}`.\n") + "\n"
 
