@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.measure import RESULTS, Progress, integers, machine, make_parser, read_options, record
+from benchmarks.measure import RESULTS, Progress, integers, machine, make_parser, read_options, record, results_folder
 
 SOURCE = Path(__file__).with_name("row_bandwidth.cpp")
 WORKS = ("read", "copy", "update")
@@ -40,9 +40,10 @@ class Rates(NamedTuple):
 
 def read(device: str) -> Rates | None:
     """What was recorded on a device of this name, or None."""
-    path = RESULTS / "bandwidth-cpu.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return Rates(found["rows"]) if found.get("device") == device else None
+    for path in (folder / "bandwidth-cpu.json" for folder in (results_folder(), RESULTS)):
+        if path.exists() and (found := json.loads(path.read_text()))["device"] == device:
+            return Rates(found["rows"])
+    return None
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -169,7 +169,8 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
-    print(f"kernels: {'compiled' if native.ensure() else 'reference'}")
+    kernels = "compiled" if native.ensure() else "reference"
+    print(f"kernels: {kernels}")
     draw = np.random.default_rng(0)
     cells = [cell for grid in options.grids for cell in GRIDS[grid](options, draw)]
     measure(cells[0], options)  # the first of a process loads code, which is no cell's memory
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> Path:
         results.append(row := measure(cell, options))
         label = ", ".join(map(str, cell.label.values()))
         progress.say(f"{label}: torch {row['torch_microseconds']:,.0f} us, {row['ratio'].median:.2f} of ours")
-    path = record("grids", options.device, results, command=options.command)
+    path = record("grids", options.device, results, command=options.command, kernels=kernels)
     print(f"written to {path}")
     return path
 

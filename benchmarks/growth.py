@@ -74,7 +74,8 @@ def measure(axis: str, value: int, rows: list[int], batch_size: int, options: ar
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
-    print(f"kernels: {'compiled' if native.ensure() else 'reference'}; fbgemm: {peers.HAS_FBGEMM}")
+    kernels = "compiled" if native.ensure() else "reference"
+    print(f"kernels: {kernels}; fbgemm: {peers.HAS_FBGEMM}")
     plan = [("rows", n, [n], BATCH) for n in options.rows]
     plan += [("batch", n, [ROWS], n) for n in options.batches]
     plan += [("tables", n, [ROWS // n] * n, BATCH // n) for n in options.tables]
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> Path:
         results += cell
         words = ", ".join(f"{row['name']} {row['microseconds']:,.0f} us {row['peak_MiB']:,} MiB" for row in cell)
         progress.say(f"{axis} {value:,}: {words}")
-        path = record("growth", options.device, results, command=options.command)
+        path = record("growth", options.device, results, command=options.command, kernels=kernels)
     print(f"written to {path}")
     return path
 

@@ -182,7 +182,8 @@ def share_of_measured(row: dict, rows: list[int], rates: bandwidth.Rates | None)
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
-    print(f"kernels: {'compiled' if native.ensure() else 'reference'}; fbgemm: {peers.HAS_FBGEMM}")
+    kernels = "compiled" if native.ensure() else "reference"
+    print(f"kernels: {kernels}; fbgemm: {peers.HAS_FBGEMM}")
     rates = bandwidth.read(machine(options.device)["device"])
     plan = list(product(options.tables, options.dims, options.works))
     progress = Progress(sum(len(cells(TABLES[tables], dim, options)) for tables, dim, _ in plan))
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> Path:
             progress.say(f"{tables} x {dim}, {cell[0]}, bag {cell[1]}, batch {cell[2]}, {work}, us: {times}")
         del made
         gc.collect()
-        path = record("lookup", options.device, results, command=options.command)
+        path = record("lookup", options.device, results, command=options.command, kernels=kernels)
     print(f"written to {path}")
     return path
 

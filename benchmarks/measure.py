@@ -135,10 +135,13 @@ def machine(device: str) -> dict:
     }
 
 
+def results_folder() -> Path:
+    return Path(os.environ.get("OUT") or RESULTS)
+
+
 def record(name: str, device: str, rows: list[dict], **facts: object) -> Path:
     """Write rows with the machine's facts, and these, to $OUT, or benchmarks/results/, as NAME-DEVICE.json."""
-    folder = Path(os.environ.get("OUT") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{'cpu' if device == 'cpu' else 'cuda'}.json"
+    results_folder().mkdir(parents=True, exist_ok=True)
+    path = results_folder() / f"{name}-{'cpu' if device == 'cpu' else 'cuda'}.json"
     path.write_text(json.dumps(machine(device) | facts | {"rows": rows}, indent=1) + "\n")
     return path

@@ -127,8 +127,8 @@ def text_of(name: str, folder: Path) -> str:
     for path in (folder / f"{name}-{device}.json" for device in ("cpu", "cuda")):
         if path.exists():
             found = json.loads(path.read_text())
-            facts = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:7]}"
-            facts += f", load average {found['load_average']}"
+            commit = found["commit"][:7] + "-dirty" * found["commit"].endswith("-dirty")
+            facts = f"torch {found['torch']}, {found['date']}, commit {commit}, load average {found['load_average']}"
             parts.append(f"`{found['command']}` on {found['device']}; {facts}:\n\n{TABLES[name](found['rows'])}\n")
     return "\n" + ("\n".join(parts) or f"Not recorded yet: `python -m benchmarks.{name}`.\n") + "\n"
 
