@@ -8,6 +8,7 @@ today's torch.nn: forward, a linear layer, sum and backward, dense gradients of 
 """
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -169,6 +170,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
+    gc.freeze()  # what is loaded by now: looking through it for garbage, as added_bytes does, takes longer than a cell
     kernels = "compiled" if native.ensure() else "reference"
     print(f"kernels: {kernels}")
     draw = np.random.default_rng(0)

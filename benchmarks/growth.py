@@ -9,6 +9,7 @@ of dim 16 with uniform fresh ids. Predicted: hashed and bloom take the same time
 """
 
 import argparse
+import gc
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -74,6 +75,7 @@ def measure(axis: str, value: int, rows: list[int], batch_size: int, options: ar
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
+    gc.freeze()  # what is loaded by now: looking through it for garbage, as added_bytes does, takes longer than a cell
     kernels = "compiled" if native.ensure() else "reference"
     print(f"kernels: {kernels}; fbgemm: {peers.HAS_FBGEMM}")
     plan = [("rows", n, [n], BATCH) for n in options.rows]

@@ -72,6 +72,7 @@ def test_grids_compare_equal_work(recorded, tmp_path, monkeypatch):
     assert "| hashed | max, hash=affine | 1 |" in table.text_of("grids", tmp_path)
 
 
+@once
 def test_a_step_of_ours_runs_in_a_process_of_its_own(recorded, monkeypatch):
     monkeypatch.setattr(
         step.importlib.util, "find_spec", lambda name: None
