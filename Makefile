@@ -45,12 +45,12 @@ test-slow: $(VENV)/.dev  ## the tests that take more than ten seconds each
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp
 
 format: $(VENV)/.dev  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp
 
 # setuptools packs what it finds in build/, so a source deleted since the last wheel would be in the next one
 wheel: $(VENV)/.dev  ## build the wheel of embeddings/ into dist/

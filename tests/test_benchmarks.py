@@ -1,6 +1,6 @@
 """benchmarks/: every module runs its smallest cell, says what was measured, and README says what was recorded."""
 
-import importlib
+import importlib.util
 import json
 import shutil
 from functools import partial
@@ -73,15 +73,19 @@ def test_grids_compare_equal_work(recorded, tmp_path, monkeypatch):
 
 
 @once
-def test_a_step_of_ours_runs_in_a_process_of_its_own(recorded, monkeypatch):
-    monkeypatch.setattr(
-        step.importlib.util, "find_spec", lambda name: None
-    )  # torchrec's takes its ten seconds to import
+@pytest.mark.parametrize("peer", [None, pytest.param("torchrec", marks=pytest.mark.torchrec)])
+def test_each_competitor_steps_in_a_process_of_its_own(recorded, monkeypatch, peer):
+    if peer and not importlib.util.find_spec(peer):
+        pytest.skip(f"{peer} is not installed")
+    if not peer:
+        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(step, "KAGGLE", [40, 3])
     small = ["--optimizers", "sgd", "--batches", "2", "--ours", "ours"]
-    (row,) = recorded(step, *small)["rows"]
-    assert (row["name"], row["batch_size"], row["ratio"]) == ("ours", 2, [1, 1, 1])
-    assert row["samples_per_second"] == pytest.approx(2 / row["milliseconds"] * 1e3, rel=0.05)
+    rows = recorded(step, *small)["rows"]
+    assert [row["name"] for row in rows] == ["ours", *(["torchrec, TBE"] if peer else [])]
+    assert rows[0]["ratio"] == [1, 1, 1]
+    for row in rows:
+        assert row["samples_per_second"] == pytest.approx(2 / row["milliseconds"] * 1e3, rel=0.05)
 
 
 @once
@@ -140,6 +144,28 @@ def test_draws_are_fresh_in_range_and_as_frequent_as_their_law_says():
             zipf_ids((np.arange(200_000)[None] + 0.5) / 200_000, np.array([[n]]), 1.05)[0], minlength=n
         )
         assert np.abs(np.sort(counts.numpy()) - np.sort(expected))[-3:].max() < 5 * expected.max() ** 0.5
+
+
+@pytest.mark.parametrize("work", ["forward", "sgd"])
+@pytest.mark.parametrize(
+    "peer", ["torch, sparse gradients", "torch, dense gradients", pytest.param("fbgemm", marks=pytest.mark.torchrec)]
+)
+def test_a_peer_with_our_weights_does_what_ours_does(peer, work):
+    if peer == "fbgemm" and not peers.HAS_FBGEMM:
+        pytest.skip("fbgemm_gpu is not installed")
+    rows, dim = [40, 3], 16
+    mine, _ = lookup.ours(shapes.make_bags(shapes.backends(dim)["dense"], rows), work)
+    weights = mine.module.slabs[0].weight.detach().flatten().clone()
+    named = dict(lookup.theirs(rows, dim, "sgd", "cpu"))
+    theirs = named[peer](weights)
+    batch = shapes.Draws(rows, law="uniform", bag=3, batch_size=6, device="cpu")()
+    both = [contender.call(contender.ready(batch)).reshape(6, 2, dim) for contender in (mine, theirs)]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7)
+    if work == "sgd":
+        for contender in (mine, theirs):
+            contender._train(contender.ready(batch), torch.ones(6, 2, dim))
+        updated = torch.cat([part[0].flatten() for part in mine.module.table_weights().values()])
+        torch.testing.assert_close(weights, updated, rtol=1e-6, atol=1e-7)
 
 
 def test_fused_or_not_an_update_changes_what_it_should():
