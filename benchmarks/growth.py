@@ -40,7 +40,7 @@ def choices(num_rows: int) -> dict[str, Backend]:
 
 def build(rows: list[int], draws: Draws, device: str) -> tuple[dict[str, Contender], dict[str, int]]:
     """Contenders, and what each added to the process (or the GPU) at its peak, a few steps of it included, in bytes."""
-    makers = {name: lambda b=b: ours(make_bags(b, rows).to(device), WORK)[0] for name, b in choices(sum(rows)).items()}
+    makers = {name: lambda b=b: ours(make_bags(b, rows).to(device), WORK) for name, b in choices(sum(rows)).items()}
     if sum(rows) <= DENSE_ROWS:
         for name, make in theirs(rows, DIM, WORK, device):
             makers[name] = partial(make, None)
@@ -65,7 +65,8 @@ def measure(axis: str, value: int, rows: list[int], batch_size: int, options: ar
     seconds = interleave(work, rounds=options.rounds, device=options.device, budget=options.seconds)
     results = []
     for name, contender in made.items():
-        row = {"axis": axis, "value": value, "name": name, "microseconds": round(median(seconds[name]) * 1e6, 1)}
+        row = {"axis": axis, "value": value, "name": name, "fused": contender.is_fused}
+        row["microseconds"] = round(median(seconds[name]) * 1e6, 1)
         if isinstance(contender.module, EmbeddingBags):
             state = memory.optimizer_bytes(contender.optimizer)
             row["counted_MiB"] = round((contender.module.num_bytes() + state) / memory.MIB, 2)

@@ -29,7 +29,7 @@ from benchmarks.measure import (
     record,
     words,
 )
-from benchmarks.shapes import LAWS, TABLES, Draws, backends, fuse, make_bags, touch
+from benchmarks.shapes import LAWS, TABLES, Draws, backends, fuse, make_bags
 from embeddings import EmbeddingBags, native, optim
 
 OPTIMIZERS = {
@@ -53,9 +53,11 @@ SHORT += " --backends 'dense,hashed 0.01 block 16' --works forward,sgd,adagrad,r
 class Contender:
     """A module with its optimizer, and how it takes a batch. ready: what a batch becomes before the time runs."""
 
-    def __init__(self, module: nn.Module, ready, call, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, ready, call, optimizer: torch.optim.Optimizer | None, *, is_fused: bool
+    ) -> None:
         self.module, self.ready, self.call, self.optimizer = module, ready, call, optimizer
-        self.is_touched = False
+        self.is_fused = is_fused  # backward applies the update
 
     def competitor(self, draws: Draws, grad: Tensor | None) -> Competitor:
         """grad: of the vectors, or None for the forward pass alone."""
@@ -78,16 +80,12 @@ class Contender:
             return
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.is_touched:  # in the first round, which is not counted
-            touch(self.optimizer)
-            self.is_touched = True
 
 
-def ours(bags: EmbeddingBags, work: str) -> tuple[Contender, bool]:
-    """Our contender, and whether its update is fused into backward."""
+def ours(bags: EmbeddingBags, work: str) -> Contender:
     optimizer = OPTIMIZERS[work](bags.parameters()) if work in OPTIMIZERS else None
     is_fused = optimizer is not None and fuse(bags, optimizer)
-    return Contender(bags, lambda batch: batch.arguments, lambda x: bags(*x), optimizer), is_fused
+    return Contender(bags, lambda batch: batch.arguments, lambda x: bags(*x), optimizer, is_fused=is_fused)
 
 
 def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[str, MakePeer]]:
@@ -102,12 +100,11 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
         module = peers.TorchBags([part.view(-1, dim) for part in parts], sparse=sparse)
         make = peers.TORCH_OPTIMIZERS[work][0 if sparse else 1] if updates else None
         optimizer = make(module.parameters(), lr=peers.RATE) if updates else None
-        return Contender(module, module.ready, module, optimizer)
+        return Contender(module, module.ready, module, optimizer, is_fused=False)
 
     def fbgemm_peer(weights: Tensor | None) -> Contender:
-        tbe = peers.make_tbe(rows, dim, work if updates else "sgd", device=device)
-        peers.fill(tbe, weights)
-        return Contender(tbe, lambda batch: (batch.ids, batch.offsets), lambda x: tbe(*x))
+        tbe = peers.make_tbe(rows, dim, work if updates else "sgd", device=device, weights=weights)
+        return Contender(tbe, lambda batch: (batch.ids, batch.offsets), lambda x: tbe(*x), None, is_fused=updates)
 
     if not updates or work in peers.TORCH_OPTIMIZERS:
         yield "torch, sparse gradients", partial(torch_peer, True)
@@ -117,11 +114,10 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
         yield "fbgemm", fbgemm_peer
 
 
-def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str, Contender], list[str], bool]:
-    """All that fit into memory by name, who does not, and whether our updates are fused."""
-    made, left_out, is_fused = {}, [], False
-    for name in options.backends:
-        made[name], is_fused = ours(make_bags(backends(dim)[name], rows).to(options.device), work)
+def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str, Contender], list[str]]:
+    """All that fit into memory by name, and who does not."""
+    left_out = []
+    made = {name: ours(make_bags(backends(dim)[name], rows).to(options.device), work) for name in options.backends}
     table = sum(rows) * dim * 4
     copies = COPIES.get(work, 1)
     held = table * copies
@@ -135,7 +131,7 @@ def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str,
             held -= table * (copies - is_shared)
         else:
             made[name] = make(flat if is_shared else None)
-    return made, left_out, is_fused
+    return made, left_out
 
 
 def cells(rows: list[int], dim: int, options) -> list[tuple[str, int, int]]:
@@ -156,7 +152,7 @@ def measure(made: dict[str, Contender], rows: list[int], dim: int, work: str, ce
     seconds = interleave(competitors, rounds=options.rounds, device=options.device, budget=options.seconds)
     medians = {name: median(times) for name, times in seconds.items()}
     row = {"dim": dim, "bag": bag, "ids": law, "batch_size": batch_size, "work": work}
-    row |= {"rounds": min(map(len, seconds.values()))}
+    row |= {"rounds": min(map(len, seconds.values())), "fused": [name for name in made if made[name].is_fused]}
     row |= {"microseconds": {name: round(time * 1e6, 1) for name, time in medians.items()}}
     others = [name for name in made if name not in options.backends]
     if others:
@@ -194,11 +190,11 @@ def main(arguments: list[str] | None = None) -> Path:
             print(f"{tables} x {dim}, {work}: left out, more than {MOST_BYTES >> 30} GiB")
             progress.total -= len(cells(rows, dim, options))
             continue
-        made, left_out, is_fused = contenders(rows, dim, work, options)
+        made, left_out = contenders(rows, dim, work, options)
         if left_out:
             print(f"{tables} x {dim}, {work}: no memory for {', '.join(left_out)}")
         for cell in cells(rows, dim, options):
-            row = {"tables": tables, "fused": is_fused} | measure(made, rows, dim, work, cell, options)
+            row = {"tables": tables} | measure(made, rows, dim, work, cell, options)
             row["share_of_measured"] = share_of_measured(row, rows, rates)
             results.append(row)
             times = ", ".join(f"{name} {time:,.0f}" for name, time in row["microseconds"].items())

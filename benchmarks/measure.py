@@ -21,6 +21,7 @@ from dlrm.run_folder import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP, LEAST = 2, 5  # rounds that are not counted; counted ones that a budget cannot take away
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
 Competitor = Callable[[int], Callable[[], object]]  # readies round i, and returns what is timed
 
 
@@ -131,6 +132,7 @@ def machine(device: str) -> dict:
         "python": platform.python_version(),
         "commit": git_commit() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.now(UTC).date().isoformat(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "load_average": round(os.getloadavg()[0], 1),  # processes that ran or waited to, in the last minute: ours too
     }
 

@@ -38,8 +38,10 @@ class TorchBags(nn.Module):
         return vectors[0] if len(vectors) == 1 else torch.stack(vectors, 1)
 
 
-def make_tbe(rows: list[int], dim: int, work: str, *, device: str) -> nn.Module:
-    """FBGEMM's SplitTableBatchedEmbeddingBagsCodegen: tbe(ids, offsets) -> [B, F * D]; backward applies the update."""
+def make_tbe(rows: list[int], dim: int, work: str, *, device: str, weights: Tensor | None = None) -> nn.Module:
+    """FBGEMM's SplitTableBatchedEmbeddingBagsCodegen: tbe(ids, offsets) -> [B, F * D]; backward applies the update.
+
+    weights [rows * D], on a CPU: what it shall read and write; by default random ones of its own."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,
@@ -48,6 +50,7 @@ def make_tbe(rows: list[int], dim: int, work: str, *, device: str) -> nn.Module:
     )
 
     on_cpu = device == "cpu"
+    weights = torch.empty(sum(rows) * dim).uniform_() if weights is None else weights
     place = (
         EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE,
         ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA,
@@ -58,16 +61,5 @@ def make_tbe(rows: list[int], dim: int, work: str, *, device: str) -> nn.Module:
         learning_rate=RATE,
         eps=EPS,
         device=torch.device(device),
+        preallocated_host_buffers={"weights": weights} if on_cpu else None,
     )
-
-
-@torch.no_grad()
-def fill(tbe: nn.Module, weights: Tensor | None) -> None:
-    """Give it these weights [rows * D], the very memory, or random ones; and a state of zeros on pages of their own."""
-    for name, parameter in tbe.named_parameters():
-        if name.startswith("weights") and weights is not None:
-            parameter.data = weights
-        elif name.startswith("weights"):
-            parameter.uniform_()
-        elif name.startswith("momentum"):
-            parameter.zero_()

@@ -78,11 +78,3 @@ def fuse(bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:
     if hasattr(bags, "fuse"):
         bags.fuse(optimizer)
     return hasattr(bags, "fuse")
-
-
-def touch(optimizer: torch.optim.Optimizer) -> None:
-    """Write every number of the optimizer's state: fresh pages of zeros cost a fault each when first touched."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if torch.is_tensor(value):
-                value.mul_(1)

@@ -43,7 +43,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=root
         )
-        self._answer()  # it is built
+        self.is_fused = self._answer()["fused"]
 
     def run(self, batch_size: int, steps: int) -> dict:
         """seconds of each step, and peak_bytes of the process so far."""
@@ -66,7 +66,7 @@ def competitors(options: argparse.Namespace) -> dict[str, str]:
     """Name -> kind, of those that can run here; who cannot is said."""
     found = dict.fromkeys((name for name in OURS if name in options.ours), "ours")
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print("bf16 is left out: this processor has no instructions for it, so it takes ten times as long as fp32")
+        print("bf16 is left out: this processor has no instructions for it, so it takes far longer than fp32")
         found = {name: kind for name, kind in found.items() if "bf16" not in name}
     if options.facebook:
         found["facebookresearch/dlrm"] = "facebook"
@@ -94,6 +94,7 @@ def compare(workers: dict[str, Worker], batch_size: int, options: argparse.Names
     for name in workers:
         time = median(seconds[name])
         row = {"batch_size": batch_size, "name": name, "steps": steps[name], "rounds": options.rounds}
+        row["fused"] = workers[name].is_fused
         row |= {"milliseconds": round(time * 1e3, 3), "samples_per_second": round(batch_size / time)}
         row |= {"ratio": ratio(seconds[name], seconds["ours"]), "peak_MiB": round(peaks[name] / MIB)}
         rows.append(row)

@@ -1,10 +1,11 @@
 """One competitor of benchmarks.step, in a process of its own: builds its model once, then trains as it is told.
 
-Says {} when it is built. Then reads lines of JSON, {"batch_size": B, "steps": k}, and answers each with one: seconds of
-the k steps, of batches made before the time runs, and the peak of the process. Between them it waits for a line, which
-takes no processor time.
+Says whether updates are fused, when it is built. Then reads lines of JSON, {"batch_size": B, "steps": k}, and answers
+each with one: seconds of the k steps, of batches made before the time runs, and the peak of the process. Between them
+it waits for a line, which takes no processor time.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.shapes import fuse, touch
+from benchmarks.shapes import fuse
 from dlrm import memory
 
 NUM_DENSE, DIM = 13, 16
@@ -48,11 +49,11 @@ class Spec(NamedTuple):
 
 
 class Training(NamedTuple):
-    """ready: what samples become before the time runs; step: takes that; optimizer: of the embeddings, or None."""
+    """ready: what samples become before the time runs; step: takes that; is_fused: backward updates the embeddings."""
 
     ready: Callable[[Samples], object]
     step: Callable[[object], None]
-    optimizer: torch.optim.Optimizer | None
+    is_fused: bool
 
 
 def ours(spec: Spec) -> Training:
@@ -81,14 +82,16 @@ def ours(spec: Spec) -> Training:
     model = train.build("model", config["model"])(bags, NUM_DENSE)
     make_dense, make_embedding = train.optimizers(config["optimizer"])
     optimizer = make_embedding(bags.parameters())
-    fuse(bags, optimizer)
+    is_fused = fuse(bags, optimizer)
+    scratch = tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)
     trainer = Trainer(
         model,
         types.SimpleNamespace(num_samples={"train": 1 << 40, "valid": 0, "test": 0}, dense_names=[]),
         dense_optimizer=make_dense(model.dense_parameters()),
         embedding_optimizer=optimizer,
         settings=settings,
-        log=RunLog(Path(tempfile.mkdtemp()), facts={}, hparams={}),
+        log=RunLog(Path(scratch.name), facts={}, hparams={}),
         identity={},
     )
     trainer.progress = Progress(1, 0)
@@ -96,7 +99,7 @@ def ours(spec: Spec) -> Training:
     def ready(samples: Samples) -> Batch:
         return Batch(samples.dense, samples.ids.int().flatten(), None, samples.labels)  # int32, as our data sets give
 
-    return Training(ready, trainer._train_step, optimizer)
+    return Training(ready, trainer._train_step, is_fused)
 
 
 def facebook(spec: Spec) -> Training:
@@ -132,7 +135,7 @@ def facebook(spec: Spec) -> Training:
         optimizer.step()
         scheduler.step()
 
-    return Training(ready, step, optimizer)
+    return Training(ready, step, False)
 
 
 def torchrec(spec: Spec) -> Training:
@@ -149,7 +152,6 @@ def torchrec(spec: Spec) -> Training:
         def __init__(self) -> None:
             super().__init__()
             self.tbe = peers.make_tbe(spec.rows, DIM, spec.optimizer, device="cpu")
-            peers.fill(self.tbe, None)
 
         def embedding_bag_configs(self) -> list:
             return [types.SimpleNamespace(embedding_dim=DIM, feature_names=[key]) for key in keys]
@@ -174,7 +176,7 @@ def torchrec(spec: Spec) -> Training:
         loss.backward()
         optimizer.step()
 
-    return Training(ready, step, None)
+    return Training(ready, step, True)
 
 
 MAKERS: dict[str, Callable[[Spec], Training]] = {"ours": ours, "facebook": facebook, "torchrec": torchrec}
@@ -202,19 +204,16 @@ def main() -> None:
     np.random.seed(0)
     generator = np.random.default_rng(0)
     memory.share_heap()
-    training = MAKERS[kind](spec)
-    training.step(training.ready(make_samples(spec.rows, 128, generator)))
-    if training.optimizer is not None:
-        touch(training.optimizer)
+    ready, step, is_fused = MAKERS[kind](spec)
     gc.collect()
     memory.reset_peak("cpu")
-    print("{}", file=answers, flush=True)
+    print(json.dumps({"fused": is_fused}), file=answers, flush=True)
     for command in commands():
         seconds = []
         for _ in range(WARM_UP + command["steps"]):
-            batch = training.ready(make_samples(spec.rows, command["batch_size"], generator))
+            batch = ready(make_samples(spec.rows, command["batch_size"], generator))
             began = time.perf_counter()
-            training.step(batch)
+            step(batch)
             seconds.append(time.perf_counter() - began)
         answer = {"seconds": seconds[WARM_UP:], "peak_bytes": memory.peak_bytes("cpu")}
         print(json.dumps(answer), file=answers, flush=True)

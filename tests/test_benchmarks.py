@@ -154,7 +154,7 @@ def test_a_peer_with_our_weights_does_what_ours_does(peer, work):
     if peer == "fbgemm" and not peers.HAS_FBGEMM:
         pytest.skip("fbgemm_gpu is not installed")
     rows, dim = [40, 3], 16
-    mine, _ = lookup.ours(shapes.make_bags(shapes.backends(dim)["dense"], rows), work)
+    mine = lookup.ours(shapes.make_bags(shapes.backends(dim)["dense"], rows), work)
     weights = mine.module.slabs[0].weight.detach().flatten().clone()
     named = dict(lookup.theirs(rows, dim, "sgd", "cpu"))
     theirs = named[peer](weights)
@@ -170,7 +170,7 @@ def test_a_peer_with_our_weights_does_what_ours_does(peer, work):
 
 def test_fused_or_not_an_update_changes_what_it_should():
     bags = shapes.make_bags(shapes.backends(16)["dense"], [10])
-    contender, _ = lookup.ours(bags, "sgd")
+    contender = lookup.ours(bags, "sgd")
     before = bags.table_weights()["C1"][0].clone()
     draws = shapes.Draws([10], law="uniform", bag=1, batch_size=6, device="cpu")
     batch = draws()
