@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Competitor, interleave, record
+from benchmarks.measure import interleave, record
 from embeddings import Dense, EmbeddingBags, native, optim
 
 NUM_EMBEDDINGS, DIM = 1_000_000, 16
@@ -25,7 +25,7 @@ OPTIMIZERS = {
 POOL = 4  # batches of ids, used in turn
 
 
-def training(accumulate: str, make_optimizer: Callable, batches: list[Tensor]) -> Competitor:
+def training(accumulate: str, make_optimizer: Callable, batches: list[Tensor]) -> Callable[[int], None]:
     """What is measured: backward and step, of a table of its own, on batch number i of batches."""
     backend = Dense(embedding_dim=DIM, compression=1.0, accumulate=accumulate, init="fair")
     bags = EmbeddingBags({"C1": backend}, {"C1": NUM_EMBEDDINGS}, pooling="sum", seed=0)
@@ -41,7 +41,7 @@ def training(accumulate: str, make_optimizer: Callable, batches: list[Tensor]) -
         optimizer.step()
         trained.grad = None
 
-    return lambda i: functools.partial(work, i)
+    return work
 
 
 def main() -> None:

@@ -148,21 +148,24 @@ GRIDS = {"fast": fast_cells, "multi": multi_cells, "hashed": hashed_cells}
 def measure(cell: Cell, options: argparse.Namespace) -> dict:
     """Both medians, torch's time over ours, and what each added to the process at its peak."""
     head = nn.Linear(cell.width, 1).to(options.device)
-    modules, peaks, competitors = {}, {}, {}
+    modules: dict[str, nn.Module] = {}
 
-    def work(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        head(module(*arguments)).sum().backward()
-        module.zero_grad(set_to_none=True)
+    def ready(_: int) -> list[Tensor]:
+        return [x.to(options.device) for x in cell.inputs()]
+
+    def work(name: str, arguments: list[Tensor]) -> None:
+        head(modules[name](*arguments)).sum().backward()
+        modules[name].zero_grad(set_to_none=True)
         head.zero_grad(set_to_none=True)
 
     def begin(name: str) -> None:
         modules[name] = cell.make[name]().to(options.device)
-        competitors[name] = lambda _: partial(work, modules[name], [x.to(options.device) for x in cell.inputs()])
-        competitors[name](0)()
+        work(name, ready(0))
 
-    for name in cell.make:
-        peaks[name] = added_bytes(options.device, partial(begin, name))
-    seconds = interleave(competitors, rounds=options.rounds, device=options.device, budget=options.seconds)
+    peaks = {name: added_bytes(options.device, partial(begin, name)) for name in cell.make}
+    competitors = {name: partial(work, name) for name in modules}
+    how = {"rounds": options.rounds, "device": options.device, "budget": options.seconds}
+    seconds = interleave(competitors, ready=dict.fromkeys(modules, ready), **how)
     times = {f"{name}_microseconds": round(median(x) * 1e6, 1) for name, x in seconds.items()}
     sizes = {f"{name}_peak_MiB": round(peak / memory.MIB, 2) for name, peak in peaks.items()}
     return cell.label | times | sizes | {"ratio": ratio(seconds["torch"], seconds["ours"])}

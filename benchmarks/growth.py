@@ -17,8 +17,8 @@ from statistics import median
 import torch
 
 from benchmarks import peers
-from benchmarks.lookup import Contender, ours, theirs
-from benchmarks.measure import Progress, added_bytes, integers, interleave, make_parser, read_options, record
+from benchmarks.lookup import Contender, ours, theirs, time_all
+from benchmarks.measure import Progress, added_bytes, integers, make_parser, read_options, record
 from benchmarks.shapes import Draws, backends, make_bags
 from dlrm import memory
 from embeddings import Bloom, EmbeddingBags, Hashed, native
@@ -49,9 +49,8 @@ def build(rows: list[int], draws: Draws, device: str) -> tuple[dict[str, Contend
 
     def begin(name: str) -> None:
         made[name] = makers[name]()
-        work = made[name].competitor(draws, grad)
-        for i in range(3):
-            work(i)()
+        for _ in range(3):
+            made[name].train(grad, made[name].ready(draws()))
 
     return made, {name: added_bytes(device, partial(begin, name)) for name in makers}
 
@@ -61,8 +60,7 @@ def measure(axis: str, value: int, rows: list[int], batch_size: int, options: ar
     draws = Draws(rows, law="uniform", bag=1, batch_size=batch_size, device=options.device)
     made, peaks = build(rows, draws, options.device)
     grad = torch.randn(batch_size, len(rows), DIM, device=options.device)
-    work = {name: contender.competitor(draws, grad) for name, contender in made.items()}
-    seconds = interleave(work, rounds=options.rounds, device=options.device, budget=options.seconds)
+    seconds = time_all(made, draws, grad, options)
     results = []
     for name, contender in made.items():
         row = {"axis": axis, "value": value, "name": name, "fused": contender.is_fused}

@@ -12,13 +12,13 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import bandwidth, peers
 from benchmarks.measure import (
-    Competitor,
     Progress,
     integers,
     interleave,
@@ -59,20 +59,16 @@ class Contender:
         self.module, self.ready, self.call, self.optimizer = module, ready, call, optimizer
         self.is_fused = is_fused  # backward applies the update
 
-    def competitor(self, draws: Draws, grad: Tensor | None) -> Competitor:
-        """grad: of the vectors, or None for the forward pass alone."""
-
-        def of_round(_: int):
-            arguments = self.ready(draws())
-            return partial(self._forward if grad is None else self._train, arguments, grad)
-
-        return of_round
+    def work(self, grad: Tensor | None) -> Callable[[Any], None]:
+        """What is timed, of what `ready` returned. grad: of the vectors, or None for the forward pass alone."""
+        return self._forward if grad is None else partial(self.train, grad)
 
     @torch.no_grad()
-    def _forward(self, arguments, _: None) -> None:
+    def _forward(self, arguments: Any) -> None:
         self.call(arguments)
 
-    def _train(self, arguments, grad: Tensor) -> None:
+    def train(self, grad: Tensor, arguments: Any) -> None:
+        """Forward, backward, and the update if there is an optimizer."""
         vectors = self.call(arguments)
         vectors.backward(grad.view_as(vectors))
         if self.optimizer is None:
@@ -143,13 +139,23 @@ def cells(rows: list[int], dim: int, options) -> list[tuple[str, int, int]]:
     ]
 
 
+def time_all(made: dict[str, Contender], draws: Draws, grad: Tensor | None, options) -> dict[str, list[float]]:
+    """Seconds of each round, everybody's on draws of his own."""
+    return interleave(
+        {name: contender.work(grad) for name, contender in made.items()},
+        ready={name: lambda _, c=contender: c.ready(draws()) for name, contender in made.items()},
+        rounds=options.rounds,
+        device=options.device,
+        budget=options.seconds,
+    )
+
+
 def measure(made: dict[str, Contender], rows: list[int], dim: int, work: str, cell, options) -> dict:
     """Medians in microseconds and, for each of ours, the fastest peer's time over its own."""
     law, bag, batch_size = cell
     draws = Draws(rows, law=law, bag=bag, batch_size=batch_size, device=options.device)
     grad = None if work == "forward" else torch.randn(batch_size, len(rows), dim, device=options.device)
-    competitors = {name: contender.competitor(draws, grad) for name, contender in made.items()}
-    seconds = interleave(competitors, rounds=options.rounds, device=options.device, budget=options.seconds)
+    seconds = time_all(made, draws, grad, options)
     medians = {name: median(times) for name, times in seconds.items()}
     row = {"dim": dim, "bag": bag, "ids": law, "batch_size": batch_size, "work": work}
     row |= {"rounds": min(map(len, seconds.values())), "fused": [name for name in made if made[name].is_fused]}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,16 +22,21 @@ from dlrm.run_folder import git_commit
 RESULTS = Path(__file__).parent / "results"
 WARM_UP, LEAST = 2, 5  # rounds that are not counted; counted ones that a budget cannot take away
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
-Competitor = Callable[[int], Callable[[], object]]  # readies round i, and returns what is timed
 
 
 def interleave(
-    competitors: dict[str, Competitor], *, rounds: int, device: str, budget: float = math.inf
+    competitors: dict[str, Callable[[Any], object]],
+    *,
+    rounds: int,
+    device: str,
+    budget: float = math.inf,
+    ready: dict[str, Callable[[int], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each competitor in each round; all run in turn in every round, so that a slow moment hits all alike.
 
-    Every other round runs them backwards, so that none always follows the same one. budget: seconds after which no
-    further round begins. The first two rounds warm up.
+    Every other round runs them backwards, so that none always follows the same one. The first two rounds warm up.
+    competitors: name -> function of the round's number, or of what `ready` makes of that, outside the time.
+    budget: seconds after which no further round begins.
     """
     seconds = {name: [] for name in competitors}
     began = time.perf_counter()
@@ -39,10 +44,10 @@ def interleave(
         if i >= WARM_UP + LEAST and time.perf_counter() - began > budget:
             break
         for name in list(competitors)[:: 1 if i % 2 else -1]:
-            work = competitors[name](i)
+            argument = i if ready is None else ready[name](i)
             wait(device)
             start = time.perf_counter()
-            work()
+            competitors[name](argument)
             wait(device)
             stop = time.perf_counter()
             if i >= WARM_UP:

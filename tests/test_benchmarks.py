@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -123,10 +122,12 @@ def test_a_ratio_is_of_paired_rounds_and_its_interval_of_order_statistics():
 @once
 def test_rounds_are_in_turn_and_a_budget_ends_them():
     calls = []
-    both = {name: lambda i, name=name: partial(calls.append, (i, name)) for name in ("a", "b")}
+    both = {name: lambda x, name=name: calls.append((x, name)) for name in ("a", "b")}
     seconds = measure.interleave(both, rounds=50, device="cpu", budget=0)
     assert list(map(len, seconds.values())) == [measure.LEAST] * 2
     assert calls[:4] == [(0, "b"), (0, "a"), (1, "a"), (1, "b")]
+    measure.interleave(both, rounds=0, device="cpu", ready=dict.fromkeys(both, lambda i: 10 + i))
+    assert calls[-4:] == [(10, "b"), (10, "a"), (11, "a"), (11, "b")]
 
 
 @once
@@ -163,7 +164,7 @@ def test_a_peer_with_our_weights_does_what_ours_does(peer, work):
     torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7)
     if work == "sgd":
         for contender in (mine, theirs):
-            contender._train(contender.ready(batch), torch.ones(6, 2, dim))
+            contender.train(torch.ones(6, 2, dim), contender.ready(batch))
         updated = torch.cat([part[0].flatten() for part in mine.module.table_weights().values()])
         torch.testing.assert_close(weights, updated, rtol=1e-6, atol=1e-7)
 
@@ -174,6 +175,6 @@ def test_fused_or_not_an_update_changes_what_it_should():
     before = bags.table_weights()["C1"][0].clone()
     draws = shapes.Draws([10], law="uniform", bag=1, batch_size=6, device="cpu")
     batch = draws()
-    contender._train(contender.ready(batch), torch.ones(6, 1, 16))
+    contender.train(torch.ones(6, 1, 16), contender.ready(batch))
     counts = torch.bincount(batch.ids, minlength=10)[:, None]
     torch.testing.assert_close(bags.table_weights()["C1"][0], before - peers.RATE * counts, rtol=1e-6, atol=1e-7)
