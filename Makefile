@@ -45,12 +45,12 @@ test-slow: $(VENV)/.dev  ## the tests that take more than ten seconds each
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp
 
 format: $(VENV)/.dev  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp
 
 # setuptools packs what it finds in build/, so a source deleted since the last wheel would be in the next one
 wheel: $(VENV)/.dev  ## build the wheel of embeddings/ into dist/
@@ -89,7 +89,13 @@ cuda: $(VENV)/.train  ## compile every .cu for sm_80 and sm_90, warnings are err
 gpu:  ## on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks
 	bash benchmarks/gpu.sh
 
-bench: $(VENV)/.dev  ## the short benchmarks of this machine
-	$(BIN)/python -m benchmarks.lookup
+# FBGEMM and torchrec take part where make torchrec VENV=.venv-torchrec has put them, facebookresearch/dlrm with
+# FACEBOOK=FOLDER, a checkout of it. Recorded results are left alone: benchmarks/README.md has the commands for those
+BENCH_PYTHON = $(firstword $(wildcard .venv-torchrec/bin/python) $(BIN)/python)
+bench: $(VENV)/.dev  ## the short benchmarks of this machine, five minutes; JSON in build/bench
+	for question in bandwidth lookup growth grids "step $(if $(FACEBOOK),--facebook $(FACEBOOK))"; do \
+	  OUT=build/bench $(BENCH_PYTHON) -m benchmarks.$$question --quick || exit 1; \
+	done
+	$(BENCH_PYTHON) -m benchmarks.table build/bench
 
 .PHONY: help setup train test test-slow lint format wheel test-wheel torchrec test-torchrec launchers test-launchers examples cuda gpu bench

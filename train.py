@@ -226,18 +226,25 @@ def train(config: dict, folder: Path) -> dict:
         how = {"pooling": config["pooling"], "seed": config["seed"]}
         averages = settings.average_from is not None
         planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
-        print_plan(dataset, planned, needs(planned, make_embedding, settings.batch_size, averages=averages))
+        planned_optimizer = make_embedding(planned.parameters())
+        fused = fuses(config, planned, planned_optimizer)
+        if fused:
+            planned.fuse(planned_optimizer)
+        print_plan(dataset, planned, needs(planned, planned_optimizer, settings.batch_size, averages=averages))
         bags = EmbeddingBags(chosen, dataset.cardinalities, **how)
         torch.manual_seed(seed_of(config["seed"], "model"))
         model = make_model(bags, len(dataset.dense_names)).to(config["device"])
         linear.use(model, library)
-        log = RunLog(folder, facts=facts(config) | {"linear": library}, hparams=hparams(config))
+        embedding_optimizer = make_embedding(bags.parameters())
+        if fused:
+            bags.fuse(embedding_optimizer)
+        log = RunLog(folder, facts=facts(config) | {"linear": library, "fused": fused}, hparams=hparams(config))
     say_what_is_replaced(bags, config)
     trainer = Trainer(
         model,
         dataset,
         dense_optimizer=make_dense(model.dense_parameters()),
-        embedding_optimizer=make_embedding(bags.parameters()),
+        embedding_optimizer=embedding_optimizer,
         settings=settings,
         log=log,
         identity=identity(config),
@@ -315,12 +322,22 @@ def optimizers(node: dict) -> tuple:
     return makers
 
 
+def fuses(config: dict, bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the embeddings' optimizer steps in the backward pass; says where that changes what the config asks for."""
+    choice, exact = config["optimizer"]["fused"], bags.fuses_exactly(optimizer)
+    if choice is True and not exact:
+        print("optimizer.fused=true: only touched slots move, also where accumulate asks for a dense gradient")
+    return exact and config["device"] == "cpu" if choice == "auto" else choice
+
+
 def check_root(config: dict) -> None:
     """Keys, types and ranges of the root. What belongs to a component is checked by it."""
     allowed = [*keys_below(""), *groups()]
     for key in config:
         if key not in allowed:
             raise ConfigError(f"{key} is no key; the keys are {some(allowed)}" + near(key, allowed))
+    if (fused := config["optimizer"].get("fused")) not in ("auto", True, False):
+        raise ConfigError(f"optimizer.fused={fused}: must be one of auto, true, false")
     for key in ("features", "trainer"):
         if not isinstance(config[key], dict):
             raise ConfigError(f"{key}={config[key]}: must be a group of keys, {key}.NAME=...")

@@ -32,6 +32,10 @@ else
   echo "== compute-sanitizer: not installed here, skipped"
 fi
 echo "== benchmarks"
-"$PYTHON" -m benchmarks.lookup --device cuda || status=1
+"$PYTHON" -m benchmarks.lookup --device cuda --tables kaggle/10,1e6 --laws uniform --seconds 0.5 || status=1
+"$PYTHON" -m benchmarks.growth --device cuda || status=1
+# the grid as its authors measured it
+"$PYTHON" -m benchmarks.grids --device cuda --rows 10,100,1000,10000,100000,1000000 --dims 8,32,128,256 \
+  --batches 32,128,512,2048,8192,16384 --seconds 0.2 || status=1
 "$PYTHON" train.py embedding=hashed compression=0.1 device=cuda native=require || status=1
 exit $status

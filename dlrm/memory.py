@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,9 +94,9 @@ class Needs(NamedTuple):
         )
 
 
-def needs(embeddings: torch.nn.Module, make_optimizer: Callable, batch_size: int, *, averages: bool) -> Needs:
+def needs(embeddings: torch.nn.Module, optimizer: torch.optim.Optimizer, batch_size: int, *, averages: bool) -> Needs:
     """What training will hold of embeddings that are on the meta device, so before it holds anything."""
-    optimizers = [make(embeddings.parameters()) for make in (make_optimizer, *([WeightAverage] if averages else []))]
+    optimizers = [optimizer, *([WeightAverage(embeddings.parameters())] if averages else [])]
     for parameter in embeddings.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:

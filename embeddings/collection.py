@@ -95,6 +95,10 @@ class EmbeddingBags(nn.Module):
         vectors = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unflatten(1, (self.num_features, -1))
         return vectors if self._where is None else vectors.index_select(1, self._where)
 
+    def fuses_exactly(self, optimizer: Optimizer) -> bool:
+        """Whether fused steps have the effect of the gradients that the backends ask for (`accumulate`)."""
+        return not optimizer.is_lazy or all(slab.backend.accumulate == "rows" for slab in self.slabs)
+
     def fuse(self, optimizer: Optimizer) -> None:
         """Have an optimizer of `embeddings.optim` step in the backward pass: no gradient is made, and its `step` has
         nothing to do. It must hold the parameters of this collection.

@@ -27,7 +27,9 @@ MODES = ("auto", "require", "off")
 ARCHITECTURES = ("80", "90")  # A100, H100 and H200
 
 # No contraction of a*b + c and no fast math: every device must give the same bits.
-CXX_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+CXX_FLAGS = (
+    "-std=c++20 -O3 -march=native -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+)
 CUDA_FLAGS = (
     "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr --Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden"
 )

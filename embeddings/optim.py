@@ -45,6 +45,12 @@ class _Rows(Optimizer):
                 rows, grads = _touched_rows(param.grad) if param.grad.is_sparse else (None, param.grad)
                 step_rows(step, param, rows, grads.to(accumulator(param.dtype)), *states)
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether a dense gradient also moves slots where it is zero, which rows and fused steps do not touch."""
+        decays = any(group.get("weight_decay", 0) for group in self.param_groups)
+        return decays or self.rule == Rule.ADAM
+
     @torch.no_grad()
     def step_fused(self, grad: Tensor, param: Tensor, batch: tuple, layout: tuple[int, ...], features: str) -> None:
         """Update a slab given the gradient [B, columns] of what was looked up in it.

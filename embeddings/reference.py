@@ -107,7 +107,9 @@ def _check_tables(tables, num_positions: int | None, columns: int, slab, layout:
         column += 0 if layout.combine == CONCAT else probes[0][DIM]
         if layout.index_map in maps.RANGED and num_ids < num_embeddings:
             raise RuntimeError(f"feature {name}: its slots tell {num_ids} ids apart, not {num_embeddings}")
-    _require(column <= columns if shared else column == columns, f"the features' vectors take {column} columns of {columns}")
+    _require(
+        column <= columns if shared else column == columns, f"the features' vectors take {column} columns of {columns}"
+    )
 
 
 def _name(features: str, f: int) -> str:

@@ -45,7 +45,7 @@ def test_the_ledger_of_each_feature_sums_to_what_is_held(name, changes, optimize
         each.step()
     rows = memory.ledger(bags, optimizers, BATCH)
     planned = embeddings.EmbeddingBags(bags.table_backends(), ROWS, pooling="sum", seed=0, device="meta")
-    needed = memory.needs(planned, instantiate(OPTIMIZERS[optimizer]), BATCH, averages=average)
+    needed = memory.needs(planned, instantiate(OPTIMIZERS[optimizer])(planned.parameters()), BATCH, averages=average)
 
     def total(key: str) -> int:
         return sum(row[key] for row in rows)
@@ -72,7 +72,7 @@ def test_the_ledger_of_each_feature_sums_to_what_is_held(name, changes, optimize
 def test_what_is_needed_is_counted_before_it_is_held(averages):
     dense = embeddings.Dense(embedding_dim=8, compression=1.0)
     planned = embeddings.EmbeddingBags(dict.fromkeys(ROWS, dense), ROWS, pooling="sum", seed=0, device="meta")
-    needed = memory.needs(planned, instantiate(OPTIMIZERS["adam"]), BATCH, averages=averages)
+    needed = memory.needs(planned, instantiate(OPTIMIZERS["adam"])(planned.parameters()), BATCH, averages=averages)
     size = sum(ROWS.values()) * 8 * 4
     assert needed == (planned.num_bytes(), (2 + averages) * size, size)
 

@@ -55,7 +55,9 @@ def assert_fused_equals_unfused(bags: EmbeddingBags, make, **how):
 
 
 def in_rows(yaml, changes, **more):
-    return from_yaml(yaml, **changes, **more, compression=0.5, **({} if yaml.stem == "fast" else {"accumulate": "rows"}))
+    return from_yaml(
+        yaml, **changes, **more, compression=0.5, **({} if yaml.stem == "fast" else {"accumulate": "rows"})
+    )
 
 
 @each_optimizer

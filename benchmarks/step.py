@@ -1,0 +1,143 @@
+"""Is a whole training step faster than the field's?  python -m benchmarks.step --facebook FOLDER [--quick]
+
+Forward, loss, backward and both optimizers of the model for Criteo Kaggle (13-512-256-64-16, 26 tables of the real
+33.8 M rows x 16, 367-512-256-1) on uniform fresh ids, against facebookresearch/dlrm (FOLDER: a checkout of it) and
+TorchRec's DLRM over FBGEMM's TBE. Each competitor is a process that builds its model once; they train in turn, a slice
+of steps each, so that a slow moment hits all alike, and sleep between. Batches are made outside the time.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.measure import Progress, integers, make_parser, ratio, read_options, record, words
+from benchmarks.shapes import KAGGLE
+
+OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
+OURS = {  # name -> overrides of train.py's configuration
+    "ours": [],
+    "ours bf16": ["precision=bf16"],
+    "ours hashed 0.1": ["embedding=hashed", "compression=0.1"],
+    "ours hashed 0.1 bf16": ["embedding=hashed", "compression=0.1", "precision=bf16"],
+}
+SHORT = "--divide 10 --optimizers rowwise_adagrad --batches 2048 --rounds 6 --seconds 0.4"
+MIB = 1 << 20
+
+
+class Worker:
+    """A competitor's process. Raises RuntimeError with its last words if it dies."""
+
+    def __init__(self, name: str, kind: str, optimizer: str, rows: list[int], options: argparse.Namespace) -> None:
+        folder = str(Path(options.facebook).resolve()) if options.facebook else ""
+        spec = {"name": name, "optimizer": optimizer, "rows": rows, "overrides": OURS.get(name, []), "folder": folder}
+        command = [sys.executable, "-m", "benchmarks.step_worker", json.dumps({"kind": kind, "spec": spec})]
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")
+        root = Path(__file__).parents[1]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=root
+        )
+        self.is_fused = self._answer()["fused"]
+
+    def run(self, batch_size: int, steps: int) -> dict:
+        """seconds of each step, and peak_bytes of the process so far."""
+        print(json.dumps({"batch_size": batch_size, "steps": steps}), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.name} stopped:\n{self.errors.read()[-2000:]}")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def competitors(options: argparse.Namespace) -> dict[str, str]:
+    """Name -> kind, of those that can run here; who cannot is said."""
+    found = dict.fromkeys((name for name in OURS if name in options.ours), "ours")
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("bf16 is left out: this processor has no instructions for it, so it takes far longer than fp32")
+        found = {name: kind for name, kind in found.items() if "bf16" not in name}
+    if options.facebook:
+        found["facebookresearch/dlrm"] = "facebook"
+    else:
+        print("facebookresearch/dlrm is left out: --facebook names no checkout of it")
+    if importlib.util.find_spec("torchrec") and importlib.util.find_spec("fbgemm_gpu"):
+        found["torchrec, TBE"] = "torchrec"
+    else:
+        print("torchrec is left out: make torchrec VENV=.venv-torchrec, and run this with .venv-torchrec/bin/python")
+    return found
+
+
+def compare(workers: dict[str, Worker], batch_size: int, options: argparse.Namespace) -> list[dict]:
+    """A row for each competitor: all run in turn, every other round backwards."""
+    steps, seconds, peaks = {}, {name: [] for name in workers}, {}
+    for name, worker in workers.items():
+        once = median(worker.run(batch_size, 3)["seconds"])
+        steps[name] = max(2, min(200, round(options.seconds / once)))
+    for i in range(options.rounds):
+        for name in list(workers)[:: 1 if i % 2 else -1]:
+            answer = workers[name].run(batch_size, steps[name])
+            seconds[name].append(median(answer["seconds"]))
+            peaks[name] = answer["peak_bytes"]
+    rows = []
+    for name in workers:
+        time = median(seconds[name])
+        row = {"batch_size": batch_size, "name": name, "steps": steps[name], "rounds": options.rounds}
+        row["fused"] = workers[name].is_fused
+        row |= {"milliseconds": round(time * 1e3, 3), "samples_per_second": round(batch_size / time)}
+        row |= {"ratio": ratio(seconds[name], seconds["ours"]), "peak_MiB": round(peaks[name] / MIB)}
+        rows.append(row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    options = parse(arguments)
+    if "ours" not in options.ours:
+        raise ValueError(
+            f"--ours={','.join(options.ours)}: `ours` itself, which the others are compared with, is not in"
+        )
+    rows = [-(-n // options.divide) for n in KAGGLE]
+    kinds = competitors(options)
+    progress, results = Progress(len(options.optimizers) * len(options.batches)), []
+    for optimizer in options.optimizers:
+        workers: dict[str, Worker] = {}
+        try:
+            for name, kind in kinds.items():
+                print(f"{optimizer}: building {name}", flush=True)
+                workers[name] = Worker(name, kind, optimizer, rows, options)
+            for batch_size in options.batches:
+                cell = [{"optimizer": optimizer} | row for row in compare(workers, batch_size, options)]
+                results += cell
+                speeds = ", ".join(f"{row['name']} {row['samples_per_second']:,}" for row in cell)
+                progress.say(f"{optimizer}, batch {batch_size}, samples/s: {speeds}")
+        finally:
+            for worker in workers.values():
+                worker.stop()
+        path = record("step", "cpu", results, command=options.command, rows_of_tables=sum(rows))
+    print(f"written to {path}")
+    return path
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, rounds=15, seconds=1.0)
+    parser.add_argument("--facebook", help="folder of a checkout of facebookresearch/dlrm")
+    parser.add_argument("--optimizers", type=words, default=list(OPTIMIZERS))
+    parser.add_argument("--batches", type=integers, default=[128, 2048, 8192])
+    parser.add_argument("--ours", type=words, default=list(OURS))
+    parser.add_argument("--divide", type=int, default=1, help="the tables' rows by this")
+    return read_options(parser, "step", arguments, SHORT)
+
+
+if __name__ == "__main__":
+    main()

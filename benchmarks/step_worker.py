@@ -1,0 +1,223 @@
+"""One competitor of benchmarks.step, in a process of its own: builds its model once, then trains as it is told.
+
+Says whether updates are fused, when it is built. Then reads lines of JSON, {"batch_size": B, "steps": k}, and answers
+each with one: seconds of the k steps, of batches made before the time runs, and the peak of the process. Between them
+it waits for a line, which takes no processor time.
+"""
+
+import atexit
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.shapes import fuse
+from dlrm import memory
+
+NUM_DENSE, DIM = 13, 16
+BOTTOM, TOP = [512, 256, 64, DIM], [512, 256, 1]
+WARM_UP = 2  # steps after each wait that are not counted: others have had the caches since
+
+
+class Samples(NamedTuple):
+    """dense [B, 13]; ids [F, B] int64; labels [B], 0 or 1."""
+
+    dense: Tensor
+    ids: Tensor
+    labels: Tensor
+
+
+class Spec(NamedTuple):
+    """What a competitor is: how it is made, and the rest of its choices."""
+
+    name: str
+    optimizer: str  # of the embeddings: sgd | adagrad | rowwise_adagrad; the dense layers' is sgd or adagrad alike
+    rows: list[int]
+    overrides: list[str]  # of train.py's configuration
+    folder: str  # of facebookresearch/dlrm
+
+
+class Training(NamedTuple):
+    """ready: what samples become before the time runs; step: takes that; is_fused: backward updates the embeddings."""
+
+    ready: Callable[[Samples], object]
+    step: Callable[[object], None]
+    is_fused: bool
+
+
+def ours(spec: Spec) -> Training:
+    """Our trainer's own step, on what train.py builds of its configuration."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import train
+    from data.batch import Batch
+    from dlrm.log import RunLog
+    from dlrm.progress import Progress
+    from dlrm.settings import TrainerSettings
+    from dlrm.trainer import Trainer
+    from embeddings import EmbeddingBags, native
+
+    cardinalities = {f"C{i}": n for i, n in enumerate(spec.rows, 1)}
+    dense = "sgd" if spec.optimizer == "sgd" else "adagrad"
+    choices = ["model=dlrm_kaggle", f"optimizer={dense}", f"optimizer/embedding={spec.optimizer}", *spec.overrides]
+    with initialize_config_dir(str(train.CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", [*choices, "hydra.sweep.dir=none"]), resolve=True)
+    native.load(config["native"])
+    keys = ("precision", "device", "deterministic")
+    settings = TrainerSettings(**config["trainer"], **{key: config[key] for key in keys})
+    chosen = train.Backends(config, list(cardinalities)).choose(cardinalities)
+    bags = EmbeddingBags(chosen, cardinalities, pooling=config["pooling"], seed=0)
+    model = train.build("model", config["model"])(bags, NUM_DENSE)
+    make_dense, make_embedding = train.optimizers(config["optimizer"])
+    optimizer = make_embedding(bags.parameters())
+    is_fused = fuse(bags, optimizer)
+    scratch = tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)
+    trainer = Trainer(
+        model,
+        types.SimpleNamespace(num_samples={"train": 1 << 40, "valid": 0, "test": 0}, dense_names=[]),
+        dense_optimizer=make_dense(model.dense_parameters()),
+        embedding_optimizer=optimizer,
+        settings=settings,
+        log=RunLog(Path(scratch.name), facts={}, hparams={}),
+        identity={},
+    )
+    trainer.progress = Progress(1, 0)
+
+    def ready(samples: Samples) -> Batch:
+        return Batch(samples.dense, samples.ids.int().flatten(), None, samples.labels)  # int32, as our data sets give
+
+    return Training(ready, trainer._train_step, is_fused)
+
+
+def facebook(spec: Spec) -> Training:
+    """facebookresearch/dlrm's DLRM_Net and the body of its training loop, from a checkout of it."""
+    sys.path.insert(0, spec.folder)
+    # imported unconditionally and used for logs alone
+    sys.modules["mlperf_logger"] = types.ModuleType("mlperf_logger")
+    theirs = __import__("dlrm_s_pytorch")
+    vectors = len(spec.rows) + 1
+    net = theirs.DLRM_Net(
+        DIM,
+        np.array(spec.rows),
+        np.array([NUM_DENSE, *BOTTOM]),
+        np.array([vectors * (vectors - 1) // 2 + DIM, *TOP]),
+        arch_interaction_op="dot",
+        sigmoid_top=len(TOP) - 1,
+    )
+    named = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+    named["rowwise_adagrad"] = theirs.RowWiseSparseAdagrad.RWSAdagrad
+    optimizer = named[spec.optimizer](net.parameters(), lr=peers.RATE)
+    scheduler = theirs.LRPolicyScheduler(optimizer, 0, 0, 0)
+
+    def ready(samples: Samples) -> tuple:
+        offsets = torch.arange(samples.ids.shape[1]).expand(len(spec.rows), -1).contiguous()
+        return samples.dense, offsets, samples.ids, samples.labels[:, None]
+
+    def step(batch: tuple) -> None:
+        dense, offsets, ids, labels = batch
+        loss = net.loss_fn(net(dense, offsets, ids), labels)
+        loss.detach().numpy()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+    return Training(ready, step, False)
+
+
+def torchrec(spec: Spec) -> Training:
+    """TorchRec's DLRM and DLRMTrain over FBGEMM's TBE, which applies its updates in backward."""
+    from torchrec.datasets.utils import Batch
+    from torchrec.models.dlrm import DLRM, DLRMTrain
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+    keys = [f"C{i}" for i in range(1, len(spec.rows) + 1)]
+
+    class Collection(nn.Module):
+        """What DLRM asks of an EmbeddingBagCollection; TorchRec's own, unsharded, makes gradients of whole tables."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tbe = peers.make_tbe(spec.rows, DIM, spec.optimizer, device="cpu")
+
+        def embedding_bag_configs(self) -> list:
+            return [types.SimpleNamespace(embedding_dim=DIM, feature_names=[key]) for key in keys]
+
+        def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+            return KeyedTensor(keys, [DIM] * len(keys), self.tbe(features.values(), features.offsets()), key_dim=1)
+
+    collection = Collection()
+    model = DLRMTrain(DLRM(collection, NUM_DENSE, BOTTOM, TOP))
+    dense = [p for name, p in model.named_parameters() if "tbe" not in name]
+    make = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.Adagrad
+    optimizer = make(dense, lr=peers.RATE)
+
+    def ready(samples: Samples) -> Batch:
+        offsets = torch.arange(samples.ids.numel() + 1)
+        features = KeyedJaggedTensor.from_offsets_sync(keys, samples.ids.flatten(), offsets)
+        return Batch(dense_features=samples.dense, sparse_features=features, labels=samples.labels)
+
+    def step(batch: Batch) -> None:
+        loss, _ = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return Training(ready, step, True)
+
+
+MAKERS: dict[str, Callable[[Spec], Training]] = {"ours": ours, "facebook": facebook, "torchrec": torchrec}
+
+
+def make_samples(rows: list[int], batch_size: int, generator: np.random.Generator) -> Samples:
+    """Uniform ids: few of a batch's rows are in a cache."""
+    ids = generator.integers(np.array(rows)[:, None], size=(len(rows), batch_size))
+    dense = generator.random((batch_size, NUM_DENSE), dtype=np.float32)
+    labels = (generator.random(batch_size) < 0.25).astype(np.float32)
+    return Samples(*map(torch.from_numpy, (dense, ids, labels)))
+
+
+def commands() -> Iterator[dict]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a competitor prints is no answer
+    given = json.loads(sys.argv[1])
+    spec, kind = Spec(**given["spec"]), given["kind"]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    generator = np.random.default_rng(0)
+    memory.share_heap()
+    ready, step, is_fused = MAKERS[kind](spec)
+    gc.collect()
+    memory.reset_peak("cpu")
+    print(json.dumps({"fused": is_fused}), file=answers, flush=True)
+    for command in commands():
+        seconds = []
+        for _ in range(WARM_UP + command["steps"]):
+            batch = ready(make_samples(spec.rows, command["batch_size"], generator))
+            began = time.perf_counter()
+            step(batch)
+            seconds.append(time.perf_counter() - began)
+        answer = {"seconds": seconds[WARM_UP:], "peak_bytes": memory.peak_bytes("cpu")}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""benchmarks/: every module runs its smallest cell, says what was measured, and README says what was recorded."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bandwidth, grids, growth, lookup, measure, peers, shapes, step, table
+from data.synthetic import zipf_ids
+
+MODULES = sorted(path.stem for path in measure.RESULTS.parent.glob("*.py"))
+CELL = ["--rounds", "3", "--seconds", "0"]
+once = pytest.mark.once
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A function: runs a benchmark with arguments and returns what it recorded."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    return lambda module, *arguments: json.loads(module.main([*CELL, *arguments]).read_text())
+
+
+@once
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_asks(name):
+    assert importlib.import_module(f"benchmarks.{name}").__doc__.strip()
+
+
+@once
+def test_the_readme_has_the_tables_of_the_recorded_results():
+    text = table.README.read_text()
+    assert {block[1] for block in table.BLOCK.findall(text)} == set(table.TABLES)
+    assert table.rewritten(text, measure.RESULTS) == text, "python -m benchmarks.table"
+
+
+def test_a_lookup_is_compared_with_every_peer_and_made_a_table(recorded, tmp_path, monkeypatch):
+    monkeypatch.setitem(lookup.TABLES, "two", [4000, 3])
+    shape = ["--tables", "two", "--dims", "16", "--bags", "2", "--batches", "3", "--laws", "zipf"]
+    found = recorded(lookup, *shape, "--works", "forward,sgd,rowwise_adagrad", "--backends", "dense,bloom 0.1")
+    forward, sgd, rowwise = found["rows"]
+    fbgemm = {"fbgemm"} if peers.HAS_FBGEMM else set()
+    both = {"torch, sparse gradients", "torch, dense gradients"}
+    assert set(forward["microseconds"]) == {"dense", "bloom 0.1", "torch, sparse gradients"} | fbgemm
+    assert set(sgd["microseconds"]) == {"dense", "bloom 0.1"} | both | fbgemm
+    assert set(rowwise["microseconds"]) == {"dense", "bloom 0.1"} | fbgemm
+    assert [row["rounds"] for row in found["rows"]] == [3, 3, 3]
+    assert sgd["best_peer"] == min({*both, *fbgemm}, key=sgd["microseconds"].get)
+    assert found["command"].startswith("python -m benchmarks.lookup --rounds 3 --seconds 0 --tables two")
+    assert "| two | sgd | 1 |" in table.text_of("lookup", tmp_path)
+
+
+def test_growth_has_every_axis_and_no_dense_table_of_a_billion_rows(recorded):
+    found = recorded(growth, "--rows", "100,1000000000", "--batches", "2", "--tables", "3")
+    names = {(row["axis"], row["value"]): set() for row in found["rows"]}
+    for row in found["rows"]:
+        names[row["axis"], row["value"]].add(row["name"])
+    assert {axis for axis, _ in names} == {"rows", "batch", "tables"}
+    assert names["rows", 10**9] == {"hashed", "bloom"}
+    assert names["rows", 100] >= {"dense", "hashed", "bloom"}
+
+
+def test_grids_compare_equal_work(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "HASHED", {"max": 16, "single": 16})
+    sizes = ["--rows", "10", "--dims", "8", "--batches", "4", "--mixes", "10XS", "--multi-ids", "all uniform"]
+    found = recorded(grids, *sizes)
+    assert [row["grid"] for row in found["rows"]] == ["fast"] * 5 + ["multi"] + ["hashed"] * 4
+    assert all(row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2] for row in found["rows"])
+    assert "| hashed | max, hash=affine | 1 |" in table.text_of("grids", tmp_path)
+
+
+@once
+@pytest.mark.parametrize("peer", [None, pytest.param("torchrec", marks=pytest.mark.torchrec)])
+def test_each_competitor_steps_in_a_process_of_its_own(recorded, monkeypatch, peer):
+    if peer and not importlib.util.find_spec(peer):
+        pytest.skip(f"{peer} is not installed")
+    if not peer:
+        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(step, "KAGGLE", [40, 3])
+    small = ["--optimizers", "sgd", "--batches", "2", "--ours", "ours"]
+    rows = recorded(step, *small)["rows"]
+    assert [row["name"] for row in rows] == ["ours", *(["torchrec, TBE"] if peer else [])]
+    assert rows[0]["ratio"] == [1, 1, 1]
+    for row in rows:
+        assert row["samples_per_second"] == pytest.approx(2 / row["milliseconds"] * 1e3, rel=0.05)
+
+
+@once
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_row_bandwidth_compiles_and_counts(recorded):
+    found = recorded(bandwidth, "--row-bytes", "64", "--mebibytes", "2", "--threads", "1")
+    assert len(found["rows"]) == 4
+    assert all(0.1 < row[work] < 1e4 for row in found["rows"] for work in bandwidth.WORKS)
+
+
+@once
+def test_the_machines_limit_is_that_of_the_nearest_table():
+    fields = ("row_bytes", "table_bytes", "threads", "read", "copy", "update")
+    rows = [
+        (64, 1 << 20, 1, 9, 2, 3),
+        (64, 1 << 20, 2, 1, 2, 3),
+        (64, 1 << 30, 2, 5, 6, 7),
+        (256, 1 << 30, 2, 10, 20, 30),
+    ]
+    rates = bandwidth.Rates([dict(zip(fields, row, strict=True)) for row in rows])
+    assert rates.of("read", 64, 1 << 19) == 1
+    assert rates.of("update", 128, 1 << 31) == 14
+    row = {"ids": "uniform", "work": "sgd", "dim": 16, "bag": 1, "batch_size": 100, "microseconds": {"dense": 2.6}}
+    assert lookup.share_of_measured(row, [1 << 24], rates) == {"dense": 0.5}  # 100 rows of 6 + 7 ns in 2.6 us
+
+
+@once
+def test_a_ratio_is_of_paired_rounds_and_its_interval_of_order_statistics():
+    ours = [1.0] * 100
+    theirs = list(np.random.default_rng(0).permutation(np.arange(1.0, 101.0)))
+    assert measure.ratio(theirs, ours) == (50.5, 41, 60)  # the 41st and the 60th of 100: Conover 1999, section 3.2
+    assert measure.ratio([4.0, 9.0, 2.0], [2.0, 3.0, 2.0]) == (2, 1, 3)
+
+
+@once
+def test_rounds_are_in_turn_and_a_budget_ends_them():
+    calls = []
+    both = {name: lambda x, name=name: calls.append((x, name)) for name in ("a", "b")}
+    seconds = measure.interleave(both, rounds=50, device="cpu", budget=0)
+    assert list(map(len, seconds.values())) == [measure.LEAST] * 2
+    assert calls[:4] == [(0, "b"), (0, "a"), (1, "a"), (1, "b")]
+    measure.interleave(both, rounds=0, device="cpu", ready=dict.fromkeys(both, lambda i: 10 + i))
+    assert calls[-4:] == [(10, "b"), (10, "a"), (11, "a"), (11, "b")]
+
+
+@once
+def test_draws_are_fresh_in_range_and_as_frequent_as_their_law_says():
+    rows = [1000, 3]
+    draws = shapes.Draws(rows, law="zipf", bag=4, batch_size=50_000, device="cpu")
+    first, second = draws(), draws()
+    assert not torch.equal(first.ids, second.ids)
+    assert first.offsets.tolist() == list(range(0, 2 * 200_000 + 1, 4))
+    for ids, n in zip(first.ids.chunk(2), rows, strict=True):
+        counts = torch.bincount(ids, minlength=n)
+        assert len(counts) == n
+        # every 1/200,000th quantile of the law has one draw
+        expected = np.bincount(
+            zipf_ids((np.arange(200_000)[None] + 0.5) / 200_000, np.array([[n]]), 1.05)[0], minlength=n
+        )
+        assert np.abs(np.sort(counts.numpy()) - np.sort(expected))[-3:].max() < 5 * expected.max() ** 0.5
+
+
+@pytest.mark.parametrize("work", ["forward", "sgd"])
+@pytest.mark.parametrize(
+    "peer", ["torch, sparse gradients", "torch, dense gradients", pytest.param("fbgemm", marks=pytest.mark.torchrec)]
+)
+def test_a_peer_with_our_weights_does_what_ours_does(peer, work):
+    if peer == "fbgemm" and not peers.HAS_FBGEMM:
+        pytest.skip("fbgemm_gpu is not installed")
+    rows, dim = [40, 3], 16
+    mine = lookup.ours(shapes.make_bags(shapes.backends(dim)["dense"], rows), work)
+    weights = mine.module.slabs[0].weight.detach().flatten().clone()
+    named = dict(lookup.theirs(rows, dim, "sgd", "cpu"))
+    theirs = named[peer](weights)
+    batch = shapes.Draws(rows, law="uniform", bag=3, batch_size=6, device="cpu")()
+    both = [contender.call(contender.ready(batch)).reshape(6, 2, dim) for contender in (mine, theirs)]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7)
+    if work == "sgd":
+        for contender in (mine, theirs):
+            contender.train(torch.ones(6, 2, dim), contender.ready(batch))
+        updated = torch.cat([part[0].flatten() for part in mine.module.table_weights().values()])
+        torch.testing.assert_close(weights, updated, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_or_not_an_update_changes_what_it_should():
+    bags = shapes.make_bags(shapes.backends(16)["dense"], [10])
+    contender = lookup.ours(bags, "sgd")
+    before = bags.table_weights()["C1"][0].clone()
+    draws = shapes.Draws([10], law="uniform", bag=1, batch_size=6, device="cpu")
+    batch = draws()
+    contender.train(torch.ones(6, 1, 16), contender.ready(batch))
+    counts = torch.bincount(batch.ids, minlength=10)[:, None]
+    torch.testing.assert_close(bags.table_weights()["C1"][0], before - peers.RATE * counts, rtol=1e-6, atol=1e-7)
