@@ -323,7 +323,7 @@ def optimizers(node: dict) -> tuple:
 
 
 def fuses(config: dict, bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the embeddings' optimizer steps in the backward pass; says where that changes what the config asks for."""
+    """Whether the embeddings' optimizer steps in the backward pass; says where that is not what the config asks."""
     choice, exact = config["optimizer"]["fused"], bags.fuses_exactly(optimizer)
     if choice is True and not exact:
         print("optimizer.fused=true: only touched slots move, also where accumulate asks for a dense gradient")

@@ -194,7 +194,7 @@ class _Collection(nn.Module):
             self._positions.clear()
             self._positions[case] = [
                 torch.tensor(
-                    [keys.index(f) for f, _, _ in slab.arrangement.lookups], device=self.device
+                    [keys.index(lookup.feature) for lookup in slab.arrangement.lookups], device=self.device
                 ).repeat_interleave(slab.layout[1])
                 for slab in self.slabs
             ]

@@ -62,7 +62,7 @@ class _Rows(Optimizer):
         torch.autograd.graph.increment_version(param)  # what saved it for a backward pass must not go on with these
 
     def _begin(self, param: Tensor, group: dict) -> tuple[Step, list[Tensor | None]]:
-        """Counts a step where one is counted. Returns its hyperparameters, and the states, None where there are none."""
+        """Counts a step where one is counted. Returns its hyperparameters and both states, None where there is none."""
         state = self.state[param]
         names = STATES.get(self.rule, ("sum",))
         shapes = state_shapes(self.rule, param)

@@ -147,7 +147,7 @@ class Slab(nn.Module):
         return {table: sum(s.num_slots * s.width for s in slices) for table, slices in self.slices.items()}
 
     def gradient_bytes(self, batch_size: int) -> dict[str, int]:
-        """Table -> the most that one step's gradient of its weights takes, in a batch of one id per bag; fused: none."""
+        """Table -> the most that a step's gradient of its weights takes, in a batch of one id per bag; fused: none."""
         if self.fused:
             return dict.fromkeys(self.rows, 0)
         num_units, unit = self.weight.shape

@@ -215,7 +215,8 @@ def with_sample_weights(case: Case) -> dict[str, Case]:
 def test_arguments_of_wrong_type_or_length_are_refused(kernels, name, what):
     case = broken(small_case())[what]
     grad = torch.zeros(3, max(case.columns, 0)) if "columns" in what else small_case().random_grad()
-    if name == "forward" or what != "negative columns":  # a gradient's columns are never negative
+    # a gradient's columns are never negative, and may be those of other slabs
+    if name == "forward" or what not in ("negative columns", "more columns than the features have"):
         message(case, kernels, name, grad)
     call(small_case(), kernels, name)
 
@@ -346,11 +347,11 @@ def test_sample_weights_of_wrong_type_or_length_are_refused(kernels, name, what)
 
 
 @pytest.mark.parametrize("name", CALLS[1:])
-@pytest.mark.parametrize("what", ["fewer columns", "more columns", "more samples", "other dtype", "3-D", "1-D"])
+@pytest.mark.parametrize("what", ["fewer columns", "more samples", "other dtype", "3-D", "1-D"])
 def test_gradients_of_wrong_type_or_shape_are_refused(kernels, name, what):
     grad = small_case().random_grad()
-    wrong = {"fewer columns": grad[:, :7], "more columns": torch.cat([grad] * 2, 1), "more samples": grad.repeat(2, 1),
-             "other dtype": grad.double(), "3-D": grad.unflatten(1, (2, 4)), "1-D": grad[0]}[what]  # fmt: skip
+    wrong = {"fewer columns": grad[:, :7], "more samples": grad.repeat(2, 1), "other dtype": grad.double(),
+             "3-D": grad.unflatten(1, (2, 4)), "1-D": grad[0]}[what]  # fmt: skip
     message(small_case(), kernels, name, wrong)
 
 
