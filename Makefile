@@ -91,5 +91,6 @@ gpu:  ## on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, 
 
 bench: $(VENV)/.dev  ## the short benchmarks of this machine
 	$(BIN)/python -m benchmarks.lookup
+	$(BIN)/python -m benchmarks.interaction
 
 .PHONY: help setup train test test-slow lint format wheel test-wheel torchrec test-torchrec launchers test-launchers examples cuda gpu bench
