@@ -20,12 +20,12 @@ status=0
 echo "== tests on cuda"
 "$PYTHON" -m pytest -k cuda tests 2>&1 | tee "$results/cuda-tests.log" || status=1
 # every map, combination and pooling, forward and backward; under a sanitizer the whole suite would take hours
-kernels="every_map_and_combine or each_kind_of_backend or zero_samples"
+kernels="every_map_and_combine or each_kind_of_backend or zero_samples or loop_over_pairs"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     echo "== compute-sanitizer $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 3 "$PYTHON" -m pytest -x -k "cuda and native and ($kernels)" \
-      tests/embeddings/test_bag.py >"$results/sanitizer-$tool.log" 2>&1 || status=1
+      tests/embeddings/test_bag.py tests/embeddings/test_interaction.py >"$results/sanitizer-$tool.log" 2>&1 || status=1
     tail -2 "$results/sanitizer-$tool.log"
   done
 else
@@ -37,5 +37,6 @@ echo "== benchmarks"
 # the grid as its authors measured it
 "$PYTHON" -m benchmarks.grids --device cuda --rows 10,100,1000,10000,100000,1000000 --dims 8,32,128,256 \
   --batches 32,128,512,2048,8192,16384 --seconds 0.2 || status=1
+"$PYTHON" -m benchmarks.interaction --device cuda || status=1
 "$PYTHON" train.py embedding=hashed compression=0.1 device=cuda native=require || status=1
 exit $status

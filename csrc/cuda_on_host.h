@@ -1,4 +1,4 @@
-// CUDA's words in C++, for building bag.cu without nvcc: a launch is a loop over blocks and threads. Slow, and it shows
+// CUDA's words in C++, for building *.cu without nvcc: a launch is a loop over blocks and threads. Slow, and it shows
 // neither races nor timing, but a sanitizer sees every index. Its operators are torch.ops.embeddings_host, on CPU
 // tensors.
 #pragma once
@@ -33,6 +33,32 @@ void launch_on_host(unsigned blocks, unsigned threads, Kernel kernel) {
     for (threadIdx = {threads}; threadIdx.x-- > 0;) kernel();
   }
 }
+
+// A kernel whose threads share memory goes in steps: each(step) is a loop over the threads of the block, and what
+// a thread keeps between two steps is its State.
+inline void* shared_on_host;
+template <typename Kernel>
+void launch_blocks_on_host(unsigned blocks, unsigned threads, size_t shared_bytes, Kernel kernel) {
+  gridDim = {std::min(blocks, 3u)}, blockDim = {threads};
+  for (blockIdx = {gridDim.x}; blockIdx.x-- > 0;) {
+    shared_on_host = std::malloc(shared_bytes);
+    kernel();
+    std::free(shared_on_host);
+  }
+}
+inline void* shared_memory() {
+  return shared_on_host;
+}
+
+template <typename State>
+struct Threads {
+  std::vector<State> states{blockDim.x};
+
+  template <typename Step>
+  void each(Step step) {
+    for (unsigned thread = blockDim.x; thread-- > 0;) step(static_cast<int>(thread), states[thread]);
+  }
+};
 
 // --- runtime ---------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from embeddings.collection import EmbeddingBags
 from embeddings.dense import Dense
 from embeddings.fast import Fast
 from embeddings.hashed import Hashed
+from embeddings.interaction import dot_interaction
 from embeddings.jagged import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from embeddings.keyed import (
     DataType,
@@ -67,6 +68,7 @@ __all__ = [
     "ScaledEmbeddingBag",
     "Slab",
     "ZeroEmbedding",
+    "dot_interaction",
     "load_dense",
     "mixed_dimensions",
     "seed_of",

@@ -187,28 +187,32 @@ def _libraries() -> str:
 
 
 def _ninja_file(cuda: bool) -> str:
-    """The build: every .cpp always, bag.cu where torch and this machine have CUDA, for the devices present."""
-    libraries = _libraries()
-    lines = [f"rule cxx\n  command = {_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out"]
-    sources = sorted(CSRC.glob("*.cpp"))
-    lines += [f"build {source.stem}.o: cxx {_in_ninja(source)}" for source in sources]
-    objects = " ".join(f"{source.stem}.o" for source in sources)
+    """The build: every .cpp, and every .cu where torch and this machine have CUDA, for the devices present."""
+    libraries, lines = _libraries(), []
+    objects = _objects(lines, "cxx", f"{_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out", "*.cpp")
     if cuda:
-        lines.append(f"rule nvcc\n  command = {_nvcc(_devices())} -c $in -o $out")
-        lines.append(f"build bag_cuda.o: nvcc {_in_ninja(CSRC / 'bag.cu')}")
-        objects += " bag_cuda.o"
+        objects += _objects(lines, "nvcc", f"{_nvcc(_devices())} -c $in -o $out", "*.cu")
         toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
         libraries += f" -ltorch_cuda -lc10_cuda -L{_quote(toolkit / 'lib64')} -lcudart"
-    lines += [
-        f"rule link\n  command = {_compiler()} -shared $in -o $out {libraries}",
-        f"build embeddings.so: link {objects}",
-    ]
-    return "\n".join(lines) + "\n"
+    return _link(lines, f"{_compiler()} -shared $in -o $out {libraries}", objects)
 
 
 def _ninja_file_on_host() -> str:
-    command = f"{_compiler()} {HOST_FLAGS} {_includes()} -shared $in -o $out {_libraries()}"
-    return f"rule cxx\n  command = {command}\nbuild embeddings.so: cxx {_in_ninja(CSRC / 'bag.cu')}\n"
+    lines = []
+    objects = _objects(lines, "cxx", f"{_compiler()} {HOST_FLAGS} {_includes()} -c $in -o $out", "*.cu")
+    return _link(lines, f"{_compiler()} -fsanitize=address,undefined -shared $in -o $out {_libraries()}", objects)
+
+
+def _objects(lines: list[str], rule: str, command: str, pattern: str) -> list[str]:
+    """The object files of csrc's sources of that pattern; adds to the lines how each is made."""
+    lines.append(f"rule {rule}\n  command = {command}")
+    objects = {source: f"{source.name}.o" for source in sorted(CSRC.glob(pattern))}
+    lines += [f"build {name}: {rule} {_in_ninja(source)}" for source, name in objects.items()]
+    return list(objects.values())
+
+
+def _link(lines: list[str], command: str, objects: list[str]) -> str:
+    return "\n".join([*lines, f"rule link\n  command = {command}", f"build embeddings.so: link {' '.join(objects)}\n"])
 
 
 def compile_cuda() -> int:

@@ -111,6 +111,16 @@ def test_logits_stay_float32_under_bf16_autocast():
     torch.testing.assert_close(logits, model(dense, IDS, None), rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_under_autocast_the_top_mlp_is_handed_its_own_type(num_dense):
+    model, handed = make_dlrm(num_dense), []
+    model.top.register_forward_pre_hook(lambda module, args: handed.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(2, num_dense), IDS, None).sum().backward()
+    assert handed == [torch.bfloat16]
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
 def test_initial_weights_have_the_published_spread():
     model = make_dlrm(300, bottom_mlp=(500, 4))
     weight, bias = model.bottom[0].weight, model.bottom[0].bias

@@ -49,6 +49,7 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OPERATORS = ("bag", "bag_backward", "bag_backward_rows", "bag_backward_sample_weights", "raise_noted")
+INTERACTION = ("dot_interaction", "dot_interaction_backward")
 
 
 # --- here ------------------------------------------------------------------------------------------------------------
@@ -106,6 +107,10 @@ def test_two_features_at_one_position_are_noted_where_their_ids_cannot_be_number
     assert findings["notes of shared positions"] == ["bag_backward", "bag_backward_rows"]
 
 
+def test_the_interaction_gives_the_bits_of_the_cpu(findings):
+    assert findings["interactions"] == []
+
+
 @pytest.mark.parametrize("operator", ["bag", "bag_backward"])
 def test_a_slice_beyond_the_slab_is_seen_by_the_sanitizer(run, operator):
     """That is, the tests above would have shown an index error."""
@@ -117,7 +122,7 @@ def test_a_slice_beyond_the_slab_is_seen_by_the_sanitizer(run, operator):
 
 
 def load() -> None:
-    for name in OPERATORS:
+    for name in OPERATORS + INTERACTION:
         schema = str(getattr(torch.ops.embeddings, name).default._schema)
         torch.library.define(f"embeddings_host::{name}", schema[schema.index("(") :])
     torch.ops.load_library(str(native.build_cuda_on_host()))
@@ -128,6 +133,7 @@ def findings_of_all() -> dict[str, list[str]]:
         "differences": differences(250),
         "unnoted": unnoted(150),
         "notes of shared positions": notes_of_shared_positions(),
+        "interactions": interactions(60),
     }
 
 
@@ -279,3 +285,31 @@ def reach_beyond_the_slab(operator: int) -> None:
     batch = (torch.tensor([0, 3]), None, None, torch.tensor([Table(0, 0, 4, 4, 0, 4, 4)]), 2)
     case = Case(torch.ones(3, 4), *batch, 4, 1, 1, PARTITION, ADD, "a")
     calls(case, MAX, torch.ones(2, 4))[OPERATORS[operator]](torch.ops.embeddings_host)
+
+
+def interactions(num_cases: int) -> list[str]:
+    """Shapes and types of which the CUDA source and the CPU kernels make different bits."""
+    native.load("require")
+    found, host, here = [], torch.ops.embeddings_host, torch.ops.embeddings
+    shapes = [(1, 130, 70), (2, 90, 3), (20, 26, 16), (3, 26, 128), (0, 2, 3), (2, 0, 3), (2, 3, 0)]
+    for seed in range(num_cases):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        drawn = rng.choice([1, 2, 9, 33]), rng.randint(1, 30), rng.choice([1, 3, 4, 8, 10, 33, 72])
+        batch_size, num_features, dim = shapes[seed] if seed < len(shapes) else drawn
+        dense_type, embedded_type = rng.choice([(x, x) for x in DTYPES] + [(torch.bfloat16, torch.float32)])
+        offset = rng.choice([0, 1])  # numbers from where 16 bytes are aligned
+
+        def draw(*shape: int, dtype: torch.dtype, generator=generator, offset=offset) -> Tensor:
+            flat = torch.randn(offset + math.prod(shape), generator=generator).to(dtype)
+            return flat[offset:].view(shape)
+
+        dense = draw(batch_size, dim, dtype=dense_type)
+        embedded = draw(batch_size, num_features, dim, dtype=embedded_type)
+        grad = draw(batch_size, dim + num_features * (num_features + 1) // 2, dtype=dense_type)
+        both = [
+            (kernels.dot_interaction(dense, embedded), *kernels.dot_interaction_backward(grad, dense, embedded))
+            for kernels in (host, here)
+        ]
+        if not all(torch.equal(x, y) for x, y in zip(*both, strict=True)):
+            found.append(f"{seed}: {(batch_size, num_features, dim)}, {dense_type}, {embedded_type}")
+    return found
