@@ -8,65 +8,51 @@ namespace {
 
 // --- bags of one probe's rows ----------------------------------------------------------------------------------------
 
-// Whole bags of one feature whose slots are found before they are read, so that many reads are under way at once.
-template <typename weight_t>
+// Whole bags of one feature, and the numbers of the slab at which their ids' slots begin: chunk by chunk.
 struct Found {
   int64_t first_bag = 0, last_bag = 0;  // [first_bag, last_bag)
-  std::vector<const weight_t*> slots;   // of their ids, chunk by chunk
+  std::vector<int64_t> slots;
 };
 
-template <typename weight_t, typename Map>
-class Finder {
- public:
-  Finder(const Call& call, const Map& map, int64_t f, FirstError& error)
-      : call_(call), map_(map), table_(call.at.table(f, 0)), f_(f), error_(error) {}
-
-  // Finds the slots of bags from `first` on, up to `last`: of about kSlots, of one bag at least.
-  void find(int64_t first, int64_t last, Found<weight_t>& found) const {
-    constexpr size_t kSlots = 64;
-    found.first_bag = found.last_bag = first;
-    found.slots.clear();
-    while (found.last_bag < last && found.slots.size() < kSlots) add_bag(found.last_bag++, found.slots);
-  }
-
- private:
-  void add_bag(int64_t b, std::vector<const weight_t*>& slots) const {
-    if (!valid_bag(call_, f_, b, error_)) return;
-    const weight_t* slice = call_.weights_at<weight_t>() + table_.begin;
-    const int64_t chunks = Map::one_chunk ? 1 : table_.chunks();
-    for (int64_t n = call_.at.begin(f_, b), end = call_.at.end(f_, b); n < end; ++n) {
-      const int64_t id = call_.at.id(n);
-      if (Map::ranged && (id < 0 || id >= table_.num_embeddings)) {
-        error_.bad_id(call_, f_, b, n);
-        slots.insert(slots.end(), chunks, slice);
-        continue;
-      }
-      const uint64_t key = map_.key(table_, id);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const weight_t* slot = slice + map_.read(table_, key, c).slot * table_.width;
-        const char* bytes = reinterpret_cast<const char*>(slot);
-        for (size_t line = 0; line < table_.width * sizeof(weight_t); line += 64) __builtin_prefetch(bytes + line);
-        slots.push_back(slot);
-      }
+// Finds the slots of bags from `first` on, up to `last`: about as many as a core's first cache keeps the places of, of
+// one bag at least. Notes the first bad bag or id: then there are fewer than the bags have.
+template <typename Map>
+void find_slots(const Call& call, const Map& map, int64_t f, int64_t first, int64_t last, Found& found,
+                FirstError& error) {
+  constexpr int64_t kSlots = 2048;
+  const Table table = call.at.table(f, 0);  // a copy: what is read for every id need not be loaded for every id
+  const int64_t chunks = Map::one_chunk ? 1 : table.chunks();
+  const Ids at = call.at;
+  found.first_bag = first;
+  int64_t num_ids = 0;
+  for (found.last_bag = first; found.last_bag < last && num_ids * chunks < kSlots; ++found.last_bag) {
+    if (!valid_bag(call, f, found.last_bag, error)) {
+      found.last_bag += found.last_bag == first;
+      break;
     }
+    num_ids += at.end(f, found.last_bag) - at.begin(f, found.last_bag);
   }
-  const Call& call_;
-  const Map& map_;
-  const Table table_;
-  const int64_t f_;
-  FirstError& error_;
-};
+  found.slots.resize(num_ids * chunks);
+  int64_t* slot = found.slots.data();
+  const int64_t begin = at.begin(f, first);
+  for (int64_t n = begin; n < begin + num_ids; ++n) {
+    const int64_t id = at.id(n);
+    if (Map::ranged && (id < 0 || id >= table.num_embeddings)) return error.bad_id(call, f, call.bag_of(f, n), n);
+    const uint64_t key = map.key(table, id);
+    for (int64_t c = 0; c < chunks; ++c) *slot++ = table.begin + map.read(table, key, c).slot * table.width;
+  }
+}
 
-// to [width] = the sum of `count` slots, every `step`-th of slots, over divisor.
+// to [width] = the sum of `count` slots of the slab, every `step`-th of slots, over divisor.
 template <int kWidth, typename weight_t>
-HOST_DEVICE void pool(const weight_t* const* slots, int64_t count, int64_t step, int64_t width,
+HOST_DEVICE void pool(const weight_t* slab, const int64_t* slots, int64_t count, int64_t step, int64_t width,
                       typename Accumulator<weight_t>::type divisor, weight_t* to) {
   using real = typename Accumulator<weight_t>::type;
   if constexpr (kWidth > 0) {
     if (count == 0) return static_cast<void>(std::fill_n(to, kWidth, weight_t(0)));
     const auto read = [&](int64_t i) {
       Numbers<real, kWidth> row;
-      row.load(slots[i * step]);
+      row.load(slab + slots[i * step]);
       return row;
     };
     RegisterSum<real, kWidth> sum(read(0));
@@ -78,7 +64,7 @@ HOST_DEVICE void pool(const weight_t* const* slots, int64_t count, int64_t step,
     for (int64_t z = 0; z < width; ++z) {  // a number at a time: rare widths only
       real total = 0, run = 0;
       for (int64_t i = 0; i < count; ++i) {
-        const real v = static_cast<real>(slots[i * step][z]);
+        const real v = static_cast<real>(slab[slots[i * step] + z]);
         if (i % kRun == 0) {
           if (i) total = i == kRun ? run : total + run;
           run = v;
@@ -98,16 +84,25 @@ bool pools_rows(const Call& call) {
 }
 
 template <int kWidth, typename weight_t>
-void write_bags(const Call& call, int64_t f, const Found<weight_t>& found, weight_t* out) {
+void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) {
   using real = typename Accumulator<weight_t>::type;
   const Table& table = call.at.table(f, 0);
   const int64_t chunks = table.chunks(), width = kWidth ? kWidth : table.width;
-  const weight_t* const* slots = found.slots.data();
+  const weight_t* slab = call.weights_at<weight_t>();
+  const int64_t *slots = found.slots.data(), *ahead = slots, *end = slots + found.slots.size();
+  constexpr int64_t kAhead = 16;
+  const auto ask_for = [&](const int64_t* until) {
+    for (; ahead < std::min(until, end); ++ahead) {
+      const char* bytes = reinterpret_cast<const char*>(slab + *ahead);
+      for (size_t line = 0; line < width * sizeof(weight_t); line += 64) __builtin_prefetch(bytes + line);
+    }
+  };
   for (int64_t b = found.first_bag; b < found.last_bag; ++b) {
     const int64_t count = call.at.end(f, b) - call.at.begin(f, b);
     const real divisor = call.at.divisor<real>(f, b, call.pooling);
     weight_t* to = out + b * call.columns + table.column;
-    for (int64_t c = 0; c < chunks; ++c) pool<kWidth>(slots + c, count, chunks, width, divisor, to + c * width);
+    ask_for(slots + count * chunks + kAhead);
+    for (int64_t c = 0; c < chunks; ++c) pool<kWidth>(slab, slots + c, count, chunks, width, divisor, to + c * width);
     slots += count * chunks;
   }
 }
@@ -117,15 +112,12 @@ void forward_rows(const Call& call, const Map& map, weight_t* out) {
   const int64_t B = call.at.batch_size, size = 1024, tasks = (B + size - 1) / size;  // bags of a task
   FirstError error;
   for_each_task(call.at.num_features * tasks, call.at.num_ids * call.chunks * call.unit, [&](int64_t task) {
-    const int64_t f = task / tasks, first = task % tasks * size, last = std::min(first + size, B);
-    const Finder<weight_t, Map> finder(call, map, f, error);
-    Found<weight_t> found, ahead;
-    finder.find(first, last, ahead);
+    const int64_t f = task / tasks, last = std::min((task % tasks + 1) * size, B);
+    Found found;
     with_width(call.at.table(f, 0).width, [&](auto width) {
-      while (ahead.first_bag < ahead.last_bag) {
-        std::swap(found, ahead);
-        finder.find(found.last_bag, last, ahead);
-        if (!error.found()) write_bags<width.value>(call, f, found, out);  // else a bag may have no slots
+      for (int64_t b = task % tasks * size; b < last; b = found.last_bag) {
+        find_slots(call, map, f, b, last, found, error);
+        if (!error.found()) write_bags<width.value>(call, f, found, out);
       }
     });
   });

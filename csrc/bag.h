@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -110,6 +111,13 @@ struct Call {
     for (int64_t i = 0; i <= f && std::getline(names, name, kSeparator); ++i) {
     }
     return name;
+  }
+  // The sample whose bag of feature f holds position n of the ids, in valid offsets.
+  int64_t bag_of(int64_t f, int64_t n) const {
+    const int64_t first = at.table(f, 0).position * at.batch_size;
+    if (!offsets) return n - first;
+    const int64_t* of_feature = at.offsets + first;
+    return std::upper_bound(of_feature, of_feature + at.batch_size + 1, n) - of_feature - 1;
   }
   [[noreturn]] void fail_id(int64_t f, int64_t n, int64_t id, int64_t limit) const {
     fail("id out of range: feature ", feature(f), ", position ", n, " of the batch's ids, id ", id, ", limit ", limit,

@@ -135,11 +135,7 @@ inline Origin origin_of(const Call& call, const Slice& slice, const Touches& tou
   rest %= run.per_id;
   int64_t row = run.first_row;
   while (rest >= call.at.tables[slice.rows[row]].chunks()) rest -= call.at.tables[slice.rows[row++]].chunks();
-  const int64_t k = slice.rows[row] % call.at.probes, first = call.at.table(run.f, 0).position * call.at.batch_size;
-  const int64_t* offsets = call.at.offsets;
-  if (!offsets) return {{run.f, n - first, n}, k, rest};
-  const int64_t* after = std::upper_bound(offsets + first, offsets + first + call.at.batch_size + 1, n);
-  return {{run.f, after - offsets - 1 - first, n}, k, rest};
+  return {{run.f, call.bag_of(run.f, n), n}, slice.rows[row] % call.at.probes, rest};
 }
 
 // --- sums ------------------------------------------------------------------------------------------------------------
