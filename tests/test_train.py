@@ -324,7 +324,9 @@ REFUSED = [
     (["+embedding@features.C3=dense", "+features.C3.block=8"], ["features.C3.block", "Dense has no such key"]),
     (["+features.C3=hashed"], ["features.C3=hashed"]),
     (["optimizer.embedding._target_=torch.optim.Adam"], ["torch.optim.Adam", "embeddings.optim"]),
-    (["+optimizer.embedding.weight_decay=0.1"], ["weight_decay"]),
+    (["+optimizer.embedding.momentum=0.1"], ["momentum"]),
+    (["optimizer.embedding.weight_decay=-1"], ["weight_decay=-1"]),
+    (["optimizer.fused=maybe"], ["optimizer.fused=maybe", "auto, true, false"]),
     (["embedding=hashed", "compression=1e-6"], ["compression=1e-06", "the smallest it can is"]),
     (["resume=nowhere"], ["nowhere"]),
     (["model.bottom_mlp=[64,8]"], ["bottom_mlp"]),
@@ -390,7 +392,7 @@ def test_what_a_run_says_it_needs_before_it_allocates_is_what_it_holds(name, opt
     accumulate = "sorted" if name in ("hashed", "fast") else "rows"
     choice = [f"embedding={name}", f"optimizer/embedding={optimizer}", f"embedding.accumulate={accumulate}"]
     large = ["data.cardinalities=[50, 20000, 30000]", "compression=0.5"]
-    status, out, err = cli(*choice, *SMALL, *large, "optimizer/dense=sgd")
+    status, out, err = cli(*choice, *SMALL, *large, "optimizer/dense=sgd", "optimizer.fused=false")
     assert status == 0, err
     (said,) = (line for line in out.splitlines() if line.startswith("embeddings need"))
     summary = summary_of(next((tmp_path / "runs").glob("*/*")))
@@ -592,3 +594,16 @@ def test_a_sweep_killed_at_random_moments_gives_the_report_of_one_never_killed(c
                 process.kill()
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def test_fused_or_not_a_run_ends_with_the_same_weights_and_fused_keeps_no_gradient(cli, tmp_path):
+    ends = {}
+    for fused in ("auto", "false"):
+        folder = tmp_path / fused
+        arguments = ["embedding=hashed", "compression=0.5", f"optimizer.fused={fused}", *SMALL]
+        assert cli(*arguments, f"hydra.run.dir={folder}")[0] == 0
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["fused"] == (fused == "auto")
+        assert (summary["last"]["memory/gradient_bytes"] == 0) == summary["fused"]
+        ends[fused] = summary["last"]["train/loss"], summary["last"]["test/auc"]
+    assert ends["auto"] == ends["false"]
