@@ -514,6 +514,20 @@ void sum_touches(const Launch& launch, const Call& call, const Lookup& lookup, c
 
 // --- the operators: arguments as in embeddings/ops.py ----------------------------------------------------------------
 
+void forward(const Launch& launch, const Call& call, Tensor& out) {
+  with_lookup(call, std::nullopt, [&](auto lookup) {
+    using Lookup = decltype(lookup);
+    const Typical<Lookup> typical(call);
+    const int64_t work = typical.parts * call.at.batch_size;
+    auto* to = out.mutable_data_ptr<typename Lookup::weight_t>();
+    if (call.pooling == kMax) {
+      launch(max_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to, nullptr);
+    } else {
+      launch(sum_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to);
+    }
+  });
+}
+
 Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
            std::optional<Tensor> sample_weights, const Tensor& tables, int64_t batch_size, int64_t columns,
            int64_t probes, int64_t chunks, int64_t index_map, int64_t combine, int64_t pooling, int64_t /*accumulate*/,
@@ -522,18 +536,18 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns, layout, features);
   Tensor out = torch::stable::new_empty(weights, {batch_size, columns});
-  with_lookup(call, std::nullopt, [&](auto lookup) {
-    using Lookup = decltype(lookup);
-    const Typical<Lookup> typical(call);
-    const int64_t work = typical.parts * batch_size;
-    auto* to = out.mutable_data_ptr<typename Lookup::weight_t>();
-    if (pooling == kMax) {
-      launch(max_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to, nullptr);
-    } else {
-      launch(sum_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to);
-    }
-  });
+  forward(launch, call, out);
   return out;
+}
+
+void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
+              std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
+              int64_t index_map, int64_t combine, int64_t pooling, std::string features) {
+  const Launch launch(weights);
+  check_out(out, weights);
+  const Layout layout{probes, chunks, index_map, combine, pooling};
+  forward(launch, make_call(weights, ids, offsets, sample_weights, tables, out.size(0), out.size(1), layout, features),
+          out);
 }
 
 Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
@@ -615,6 +629,7 @@ void raise_noted(const Tensor& weights, std::string features) {
 
 STABLE_TORCH_LIBRARY_IMPL(EMBEDDINGS_LIBRARY, EMBEDDINGS_DEVICE, m) {
   m.impl("bag", TORCH_BOX(&embeddings::bag));
+  m.impl("bag_into", TORCH_BOX(&embeddings::bag_into));
   m.impl("bag_backward", TORCH_BOX(&embeddings::bag_backward));
   m.impl("bag_backward_rows", TORCH_BOX(&embeddings::bag_backward_rows));
   m.impl("bag_backward_sample_weights", TORCH_BOX(&embeddings::bag_backward_sample_weights));

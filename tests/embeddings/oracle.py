@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embeddings.index_map import COLUMN
 from embeddings.reference import SEPARATOR
 
 MAPS = PARTITION, MIXED, SIGNED, AFFINE, MURMUR3 = range(5)
@@ -121,6 +122,14 @@ class Case(NamedTuple):
 
     def forward(self, kernels, pooling: int, accumulate: int = SORTED) -> Tensor:
         return kernels.bag(*self[:7], *self.how, pooling, accumulate, self.features)
+
+    def forward_into(self, kernels, pooling: int, before: int = 3, after: int = 2) -> Tensor:
+        """Into [B, before + columns + after] numbers that are -1 until then."""
+        tables = self.tables.clone()
+        tables[:, COLUMN] += before
+        out = self.weights.new_full((self.batch_size, before + self.columns + after), -1)
+        kernels.bag_into(out, *self[:4], tables, *self.how, pooling, self.features)
+        return out
 
     def backward(self, kernels, grad: Tensor, pooling: int, atomic: bool = False) -> Tensor:
         return kernels.bag_backward(grad, *self[:5], *self.how, pooling, atomic, self.features)

@@ -384,3 +384,28 @@ def test_any_call_equals_the_oracle(kernels, device, case_and_pooling):
 def test_native_equals_reference_bitwise_in_any_call(native_kernels, device, case_and_pooling):
     case, pooling = case_and_pooling
     assert_same_results(case, native_kernels, reference, pooling, device)
+
+
+@each_pooling
+@each_kind
+def test_bag_into_writes_its_own_columns_and_a_gradient_of_more_is_read_at_them(kernels, device, kind, pooling):
+    case = make_case([[2, 1, 3], [1, 1, 1], [4, 0, 2]], **kind).to(device)
+    out = case.forward_into(kernels, pooling)
+    assert (out[:, :3] == -1).all() and (out[:, -2:] == -1).all()
+    assert_same_bits(out[:, 3:-2], case.forward(reference, pooling))
+    wide = torch.cat([torch.full_like(out[:, :3], torch.nan), case.random_grad().to(device)], 1)
+    tables = case.tables.clone()
+    tables[:, oracle.COLUMN] += 3
+    found = case._replace(tables=tables, columns=wide.shape[1]).backward_rows(kernels, wide, pooling)
+    for x, y in zip(found, case.backward_rows(reference, wide[:, 3:], pooling), strict=True):
+        assert_same_bits(x, y)
+
+
+def test_bag_into_refuses_columns_that_do_not_ascend_or_leave_the_output(kernels):
+    case = make_case([[2, 1, 3], [1, 1, 1]])
+    for before, after in ((-1, 4), (1, -2), (0, -1)):
+        with pytest.raises(RuntimeError, match="does not fit the others|columns of"):
+            case.forward_into(kernels, SUM, before, after)
+    for out in (torch.zeros(3, 2 * case.columns)[:, ::2], torch.zeros(3, case.columns).double(), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match="out must be contiguous"):
+            kernels.bag_into(out, *case[:5], *case.how, SUM, case.features)

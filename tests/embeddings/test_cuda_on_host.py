@@ -48,7 +48,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("EMBEDDINGS_NATIVE") == "off", reason="EMBEDDINGS_NATIVE=off"),
 ]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-OPERATORS = ("bag", "bag_backward", "bag_backward_rows", "bag_backward_sample_weights", "raise_noted")
+OPERATORS = ("bag", "bag_into", "bag_backward", "bag_backward_rows", "bag_backward_sample_weights", "raise_noted")
 INTERACTION = ("dot_interaction", "dot_interaction_backward")
 
 
@@ -193,6 +193,7 @@ def calls(case: Case, pooling: int, grad: Tensor) -> dict[str, Callable]:
     """Operator -> function of the kernels that calls it."""
     return {
         "bag": lambda kernels: case.forward(kernels, pooling),
+        "bag_into": lambda kernels: case.forward_into(kernels, pooling),
         "bag_backward": lambda kernels: case.backward(kernels, grad, pooling),
         "bag_backward_rows": lambda kernels: case.backward_rows(kernels, grad, pooling),
         "bag_backward_sample_weights": lambda kernels: case.backward_sample_weights(kernels, grad, pooling),
