@@ -89,7 +89,7 @@ class EmbeddingBags(nn.Module):
         batch = (ids, offsets, per_sample_weights)
         if self._together:
             vectors = _look_up(self.slabs, *batch, batch_size, self.num_features * self.embedding_dim)
-            return vectors.unflatten(1, (self.num_features, -1))
+            return vectors.view(batch_size, self.num_features, self.embedding_dim)
         parts = [_look_up([slab], *batch, batch_size, slab.layout[0]) for slab in self.slabs]
         parts = [slab.backend.finish(p, slab.arrangement.dims) for slab, p in zip(self.slabs, parts, strict=True)]
         vectors = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unflatten(1, (self.num_features, -1))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from embeddings.pages import ask_for_huge_pages
 from embeddings.rules import Rule, Step, accumulator, state_shapes, step_rows
 
 STATES = {Rule.ADAM: ("mean", "square")}  # names of a rule's states; of the others "sum"
@@ -68,7 +69,7 @@ class _Rows(Optimizer):
         shapes = state_shapes(self.rule, param)
         for name, shape in zip(names, shapes, strict=False):
             if name not in state:
-                state[name] = param.new_zeros(shape, dtype=accumulator(param.dtype))
+                state[name] = ask_for_huge_pages(param.new_empty(shape, dtype=accumulator(param.dtype))).zero_()
         rounds = param.dtype not in (torch.float32, torch.float64)
         if self.rule == Rule.ADAM or rounds:
             state["step"] = int(state.get("step", 0)) + 1  # a tensor in checkpoints of earlier versions

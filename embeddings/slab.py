@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from embeddings.arrangement import Arrangement, Lookup, seed_of
 from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, spread
 from embeddings.ops import Accumulate, Pooling
+from embeddings.pages import ask_for_huge_pages
 from embeddings.pooled import Launch
 
 # what accumulate=auto goes by: below this share of touched units their rows alone are cheaper than a dense gradient (on
@@ -63,11 +64,13 @@ class Slab(nn.Module):
         self.arrangement = Arrangement(backends, rows, slots, lookups, pooling=pooling, seed=seed)
         self.backend = self.arrangement.backend
         self.slices, self.layout = self.arrangement.slices, self.arrangement.layout
-        self.weight = nn.Parameter(torch.empty(self.arrangement.shape, dtype=dtype, device=device))
+        weight = torch.empty(self.arrangement.shape, dtype=dtype, device=device)
+        self.weight = nn.Parameter(ask_for_huge_pages(weight))
         self.register_buffer("tables", torch.tensor(self.arrangement.tables, dtype=torch.int64, device=device))
         # None until `auto` has measured
         self._accumulate = None if self.backend.accumulate == "auto" else Accumulate[self.backend.accumulate.upper()]
         self._optimizer = None  # one that is fused
+        self._launch: Launch | None = None  # as it will be from now on
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -99,10 +102,14 @@ class Slab(nn.Module):
 
     def launch(self, ids: Tensor, offsets: Tensor | None, batch_size: int) -> Launch:
         """How `pooled` reads this slab, and passes back what it gets."""
-        _, *how = self.layout
-        accumulate = Accumulate.ROWS if self.fused else self._accumulate_for(ids, offsets, batch_size, self.tables)
-        update = self._update if self.fused else None
-        return Launch(tuple(how), int(accumulate), self.arrangement.features, update)
+        if self._launch is None:
+            accumulate = Accumulate.ROWS if self.fused else self._accumulate_for(ids, offsets, batch_size, self.tables)
+            update = self._update if self.fused else None
+            launch = Launch(self.layout[1:], int(accumulate), self.arrangement.features, update)
+            if self._accumulate is None and not self.fused:
+                return launch  # `auto` has not looked yet
+            self._launch = launch
+        return self._launch
 
     @property
     def fused(self) -> bool:
@@ -111,7 +118,7 @@ class Slab(nn.Module):
 
     def fuse(self, optimizer) -> None:
         """Have the optimizer (of `embeddings.optim`) step in the backward pass, so that no gradient is kept."""
-        self._optimizer = optimizer
+        self._optimizer, self._launch = optimizer, None
 
     def _update(self, grad: Tensor, batch: tuple, layout: tuple[int, ...], features: str) -> None:
         self._optimizer.step_fused(grad, self.weight, batch, layout, features)
