@@ -75,6 +75,5 @@ def make_bags(backend: Backend, rows: list[int]) -> EmbeddingBags:
 
 def fuse(bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:
     """Have backward apply the optimizer's update; whether it does. TODO(benchmarks): drop when all versions can."""
-    if hasattr(bags, "fuse"):
-        bags.fuse(optimizer)
-    return hasattr(bags, "fuse")
+    bags.fuse(optimizer)
+    return True

@@ -63,6 +63,7 @@ def ours(spec: Spec) -> Training:
 
     import train
     from data.batch import Batch
+    from dlrm import linear
     from dlrm.log import RunLog
     from dlrm.progress import Progress
     from dlrm.settings import TrainerSettings
@@ -80,6 +81,7 @@ def ours(spec: Spec) -> Training:
     chosen = train.Backends(config, list(cardinalities)).choose(cardinalities)
     bags = EmbeddingBags(chosen, cardinalities, pooling=config["pooling"], seed=0)
     model = train.build("model", config["model"])(bags, NUM_DENSE)
+    linear.use(model, linear.choose(config["linear"], device=config["device"], precision=config["precision"]))
     make_dense, make_embedding = train.optimizers(config["optimizer"])
     optimizer = make_embedding(bags.parameters())
     is_fused = fuse(bags, optimizer)

@@ -9,6 +9,8 @@ from builders import CHOICE_IDS, CHOICES, DIM, dense, each_choice, from_yaml, ha
 from embeddings import EmbeddingBags, reference, rules
 from embeddings.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
+# the reference's fused step is its unfused one: what there is to compare are the compiled kernels
+pytestmark = pytest.mark.once
 MAKERS = {
     "SGD": lambda params, **how: SGD(params, lr=0.1, **how),
     "Adagrad": lambda params, **how: Adagrad(params, lr=0.1, eps=1e-8, **how),
