@@ -29,7 +29,7 @@ from benchmarks.measure import (
     record,
     words,
 )
-from benchmarks.shapes import LAWS, TABLES, Draws, backends, fuse, make_bags
+from benchmarks.shapes import LAWS, TABLES, Draws, backends, make_bags
 from embeddings import EmbeddingBags, native, optim
 
 OPTIMIZERS = {
@@ -80,8 +80,9 @@ class Contender:
 
 def ours(bags: EmbeddingBags, work: str) -> Contender:
     optimizer = OPTIMIZERS[work](bags.parameters()) if work in OPTIMIZERS else None
-    is_fused = optimizer is not None and fuse(bags, optimizer)
-    return Contender(bags, lambda batch: batch.arguments, lambda x: bags(*x), optimizer, is_fused=is_fused)
+    if optimizer is not None:
+        bags.fuse(optimizer)
+    return Contender(bags, lambda batch: batch.arguments, lambda x: bags(*x), optimizer, is_fused=optimizer is not None)
 
 
 def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[str, MakePeer]]:

@@ -71,9 +71,3 @@ def make_bags(backend: Backend, rows: list[int]) -> EmbeddingBags:
     dense = backends(backend.embedding_dim)["dense"]
     chosen = {f"C{i}": dense if backend.compresses and n < DENSE_BELOW else backend for i, n in enumerate(rows, 1)}
     return EmbeddingBags(chosen, dict(zip(chosen, rows, strict=True)), pooling="sum", seed=0)
-
-
-def fuse(bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:
-    """Have backward apply the optimizer's update; whether it does. TODO(benchmarks): drop when all versions can."""
-    bags.fuse(optimizer)
-    return True

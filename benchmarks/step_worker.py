@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.shapes import fuse
 from dlrm import memory
 
 NUM_DENSE, DIM = 13, 16
@@ -84,7 +83,9 @@ def ours(spec: Spec) -> Training:
     linear.use(model, linear.choose(config["linear"], device=config["device"], precision=config["precision"]))
     make_dense, make_embedding = train.optimizers(config["optimizer"])
     optimizer = make_embedding(bags.parameters())
-    is_fused = fuse(bags, optimizer)
+    is_fused = train.fuses(config, bags, optimizer)
+    if is_fused:
+        bags.fuse(optimizer)
     scratch = tempfile.TemporaryDirectory()
     atexit.register(scratch.cleanup)
     trainer = Trainer(

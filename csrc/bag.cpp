@@ -25,7 +25,13 @@ void find_slots(const Call& call, const Map& map, int64_t f, int64_t first, int6
   const Ids at = call.at;
   found.first_bag = first;
   int64_t num_ids = 0;
-  for (found.last_bag = first; found.last_bag < last && num_ids * chunks < kSlots; ++found.last_bag) {
+  if (!at.offsets) {
+    num_ids = std::min(last - first, (kSlots + chunks - 1) / chunks);
+    found.last_bag = first + num_ids;
+  } else {
+    found.last_bag = first;
+  }
+  for (; at.offsets && found.last_bag < last && num_ids * chunks < kSlots; ++found.last_bag) {
     if (!valid_bag(call, f, found.last_bag, error)) {
       found.last_bag += found.last_bag == first;
       break;
@@ -86,7 +92,7 @@ bool pools_rows(const Call& call) {
 template <int kWidth, typename weight_t>
 void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) {
   using real = typename Accumulator<weight_t>::type;
-  const Table& table = call.at.table(f, 0);
+  const Table table = call.at.table(f, 0);
   const int64_t chunks = table.chunks(), width = kWidth ? kWidth : table.width;
   const weight_t* slab = call.weights_at<weight_t>();
   const int64_t *slots = found.slots.data(), *ahead = slots, *end = slots + found.slots.size();
@@ -97,6 +103,20 @@ void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) 
       for (size_t line = 0; line < width * sizeof(weight_t); line += 64) __builtin_prefetch(bytes + line);
     }
   };
+  if constexpr (kWidth > 0) {
+    if (!call.at.offsets) {  // every slot is a bag's, or a chunk of it
+      for (int64_t b = found.first_bag; b < found.last_bag; ++b) {
+        weight_t* to = out + b * call.columns + table.column;
+        for (int64_t c = 0; c < chunks; ++c, ++slots) {
+          ask_for(slots + kAhead);
+          Numbers<real, kWidth> row;
+          row.load(slab + *slots);
+          row.store(to + c * kWidth);
+        }
+      }
+      return;
+    }
+  }
   for (int64_t b = found.first_bag; b < found.last_bag; ++b) {
     const int64_t count = call.at.end(f, b) - call.at.begin(f, b);
     const real divisor = call.at.divisor<real>(f, b, call.pooling);

@@ -293,17 +293,14 @@ std::unique_ptr<weight_t[]> divided(const Call& call, const weight_t* grad) {
 struct KeptVector {
   const Call& call;
   int bits(int64_t) const { return bits_of(call.at.batch_size * call.columns) + 1; }
-  uint64_t operator()(int64_t f, int64_t b, int64_t, int64_t k, int64_t c, int64_t, bool negative) const {
-    const Table& table = call.at.table(f, k);
+  uint64_t operator()(const Table& table, int64_t b, int64_t c, int64_t, bool negative) const {
     return static_cast<uint64_t>(b * call.columns + table.column + c * table.width) << 1 | negative;
   }
 };
 // Elsewhere: who made it, as `origin_of` tells.
 struct KeptPlace {
   int bits(int64_t touches) const { return bits_of(touches); }
-  uint64_t operator()(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t i, bool) const {
-    return static_cast<uint64_t>(i);
-  }
+  uint64_t operator()(const Table&, int64_t, int64_t, int64_t i, bool) const { return static_cast<uint64_t>(i); }
 };
 
 // Sums a part, which has been sorted.

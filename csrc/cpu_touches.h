@@ -24,8 +24,8 @@ class Touches {
     int bits;                   // of a slot that differ within it
   };
 
-  // kept(f, b, n, k, c, i, negative) < 2^kept.bits(touches of all slices): of position n in the bag of sample b of
-  // feature f, chunk c of probe k, which is touch i of its slice. Raises what is wrong with ids and offsets.
+  // kept(table, b, c, i, negative) < 2^kept.bits(touches of all slices): of chunk c of a probe's table, read by an id
+  // of sample b, which is touch i of its slice. Raises what is wrong with ids and offsets.
   template <typename Map, typename Kept>
   Touches(const Call& call, const Map& map, const std::vector<Slice>& slices, const Kept& kept) {
     plan(call, slices);
@@ -128,30 +128,31 @@ class Touches {
       const Run& run = runs_[task / tasks];
       const Slice& slice = slices[run.slice];
       const int64_t first = task % tasks * size, last = std::min(first + size, B);
-      const int64_t begin_of_slice = firsts_[run.slice], K = call.at.probes;
-      const int64_t limit = call.at.table(run.f, 0).num_embeddings;
-      for (int64_t b = first; b < last; ++b) {
-        if (!valid_bag(call, run.f, b, error)) continue;
-        const int64_t begin = call.at.begin(run.f, b), end = call.at.end(run.f, b);
-        if (begin < run.first_id || end > run.first_id + run.num_ids) continue;  // then some other bag is refused
-        int64_t i = run.begin + (begin - run.first_id) * run.per_id;
-        for (int64_t n = begin; n < end; ++n) {
-          const int64_t id = call.at.id(n);
-          if (Map::ranged && (id < 0 || id >= limit)) {
-            error.bad_id(call, run.f, b, n);
-            continue;
-          }
-          for (int64_t row = run.first_row; row < run.last_row; ++row) {
-            const Table& table = call.at.tables[slice.rows[row]];
-            const int64_t k = slice.rows[row] % K;
+      const int64_t begin_of_slice = firsts_[run.slice], limit = call.at.table(run.f, 0).num_embeddings;
+      int64_t before = 0;  // touches of the id by rows before
+      for (int64_t row = run.first_row; row < run.last_row; ++row) {
+        const Table table = call.at.tables[slice.rows[row]];
+        const int64_t chunks = Map::one_chunk ? 1 : table.chunks();
+        for (int64_t b = first; b < last; ++b) {
+          if (!valid_bag(call, run.f, b, error)) continue;
+          const int64_t begin = call.at.begin(run.f, b), end = call.at.end(run.f, b);
+          if (begin < run.first_id || end > run.first_id + run.num_ids) continue;  // then some other bag is refused
+          for (int64_t n = begin; n < end; ++n) {
+            const int64_t id = call.at.id(n);
+            if (Map::ranged && (id < 0 || id >= limit)) {
+              error.bad_id(call, run.f, b, n);
+              continue;
+            }
             const uint64_t key = map.key(table, id);
-            for (int64_t c = 0, chunks = Map::one_chunk ? 1 : table.chunks(); c < chunks; ++c, ++i) {
+            int64_t i = run.begin + (n - run.first_id) * run.per_id + before;
+            for (int64_t c = 0; c < chunks; ++c, ++i) {
               const Read read = map.read(table, key, c);
-              touches_[i] = static_cast<uint64_t>(read.slot) << kept_bits_ |
-                            kept(run.f, b, n, k, c, i - begin_of_slice, read.negative);
+              touches_[i] =
+                  static_cast<uint64_t>(read.slot) << kept_bits_ | kept(table, b, c, i - begin_of_slice, read.negative);
             }
           }
         }
+        before += chunks;
       }
     });
     error.raise(call);

@@ -22,15 +22,9 @@ class Launch(NamedTuple):
 class _Pooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, launches, batch_size, columns, ids, offsets, per_sample_weights, *slabs):
-        """slabs: the launches' weights, then their tables."""
-        weights, tables = slabs[: len(launches)], slabs[len(launches) :]
-        out = weights[0].new_empty(batch_size, columns)
-        for launch, weight, table in zip(launches, weights, tables, strict=True):
-            batch = (ids, offsets, per_sample_weights, table)
-            torch.ops.embeddings.bag_into(out, weight, *batch, *launch.layout, launch.features)
         ctx.launches = launches
         ctx.save_for_backward(ids, offsets, per_sample_weights, *slabs)
-        return out
+        return _look_up(launches, batch_size, columns, ids, offsets, per_sample_weights, *slabs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -70,5 +64,15 @@ def pooled(
 
     Where a launch has an update, the backward pass calls it and the weights get no gradient."""
     native.ensure()
-    batch = (ids, offsets, per_sample_weights)
-    return _Pooled.apply(tuple(launches), batch_size, columns, *batch, *weights, *tables)
+    # without gradients a step of autograd would only cost its bookkeeping, which small batches feel
+    run = _Pooled.apply if torch.is_grad_enabled() else _look_up
+    return run(tuple(launches), batch_size, columns, ids, offsets, per_sample_weights, *weights, *tables)
+
+
+def _look_up(launches, batch_size: int, columns: int, ids, offsets, per_sample_weights, *slabs) -> Tensor:
+    """slabs: the launches' weights, then their tables."""
+    out = slabs[0].new_empty(batch_size, columns)
+    for i, launch in enumerate(launches):
+        batch = (ids, offsets, per_sample_weights, slabs[len(launches) + i])
+        torch.ops.embeddings.bag_into(out, slabs[i], *batch, *launch.layout, launch.features)
+    return out
