@@ -218,7 +218,7 @@ void forward(const Call& call, Tensor& out) {
 Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
            std::optional<Tensor> sample_weights, const Tensor& tables, int64_t batch_size, int64_t columns,
            int64_t probes, int64_t chunks, int64_t index_map, int64_t combine, int64_t pooling, int64_t /*accumulate*/,
-           std::string features) {
+           Names features) {
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns,
                               {probes, chunks, index_map, combine, pooling}, features);
   check_tables(call, Columns::kAll);  // before `columns` is believed
@@ -229,7 +229,7 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
 
 void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
               std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
-              int64_t index_map, int64_t combine, int64_t pooling, std::string features) {
+              int64_t index_map, int64_t combine, int64_t pooling, Names features) {
   check_out(out, weights);
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, out.size(0), out.size(1),
                               {probes, chunks, index_map, combine, pooling}, features);

@@ -531,7 +531,7 @@ void forward(const Launch& launch, const Call& call, Tensor& out) {
 Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
            std::optional<Tensor> sample_weights, const Tensor& tables, int64_t batch_size, int64_t columns,
            int64_t probes, int64_t chunks, int64_t index_map, int64_t combine, int64_t pooling, int64_t /*accumulate*/,
-           std::string features) {
+           Names features) {
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns, layout, features);
@@ -542,7 +542,7 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
 
 void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
               std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
-              int64_t index_map, int64_t combine, int64_t pooling, std::string features) {
+              int64_t index_map, int64_t combine, int64_t pooling, Names features) {
   const Launch launch(weights);
   check_out(out, weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
@@ -552,7 +552,7 @@ void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optiona
 
 Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
                     std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
-                    int64_t index_map, int64_t combine, int64_t pooling, bool atomic, std::string features) {
+                    int64_t index_map, int64_t combine, int64_t pooling, bool atomic, Names features) {
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
@@ -572,7 +572,7 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
 std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                              std::optional<Tensor> offsets, std::optional<Tensor> sample_weights,
                                              const Tensor& tables, int64_t probes, int64_t chunks, int64_t index_map,
-                                             int64_t combine, int64_t pooling, std::string features) {
+                                             int64_t combine, int64_t pooling, Names features) {
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
@@ -604,7 +604,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
 
 Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                    std::optional<Tensor> offsets, const Tensor& tables, int64_t probes, int64_t chunks,
-                                   int64_t index_map, int64_t combine, int64_t pooling, std::string features) {
+                                   int64_t index_map, int64_t combine, int64_t pooling, Names features) {
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, layout, features);
@@ -618,7 +618,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   return out;
 }
 
-void raise_noted(const Tensor& weights, std::string features) {
+void raise_noted(const Tensor& weights, Names features) {
   const Launch launch(weights);
   check(cudaStreamSynchronize(launch.stream()));
   error_of(features);

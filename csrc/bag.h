@@ -19,6 +19,31 @@
 
 namespace embeddings {
 
+// The schema's `str features`. Not std::string: torch's conversion to that (2.10 to 2.13) leaks one with every call,
+// and each stays between two large blocks of the heap, whose room is then never used again.
+struct Names {
+  std::string text;
+  operator const std::string&() const { return text; }
+};
+
+}  // namespace embeddings
+
+template <>
+struct torch::stable::detail::ToImpl<embeddings::Names> {
+  static embeddings::Names call(StableIValue value, [[maybe_unused]] uint64_t version, [[maybe_unused]] bool internal) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    embeddings::Names names{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return names;
+  }
+};
+
+namespace embeddings {
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

@@ -48,7 +48,7 @@ struct ToRows : Sink<typename Accumulator<weight_t>::type> {
 Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
                     std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
                     int64_t index_map, int64_t combine, int64_t pooling,
-                    bool /*atomic: on the CPU the sorted sum serves both*/, std::string features) {
+                    bool /*atomic: on the CPU the sorted sum serves both*/, Names features) {
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
   const std::vector<Slice> slices = check_tables(call, Columns::kSome);
@@ -71,7 +71,7 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
 std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                              std::optional<Tensor> offsets, std::optional<Tensor> sample_weights,
                                              const Tensor& tables, int64_t probes, int64_t chunks, int64_t index_map,
-                                             int64_t combine, int64_t pooling, std::string features) {
+                                             int64_t combine, int64_t pooling, Names features) {
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
   const std::vector<Slice> slices = check_tables(call, Columns::kSome);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
 
 Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                    std::optional<Tensor> offsets, const Tensor& tables, int64_t probes, int64_t chunks,
-                                   int64_t index_map, int64_t combine, int64_t pooling, std::string features) {
+                                   int64_t index_map, int64_t combine, int64_t pooling, Names features) {
   const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
   const Tensor dense = torch::stable::contiguous(grad);

@@ -156,7 +156,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
                 const Tensor& ids, std::optional<Tensor> offsets, std::optional<Tensor> sample_weights,
                 const Tensor& tables, int64_t probes, int64_t chunks, int64_t index_map, int64_t combine,
                 int64_t pooling, int64_t rule, double lr, double weight_decay, double eps, double beta1, double beta2,
-                double correction, int64_t draw, std::string features) {
+                double correction, int64_t draw, Names features) {
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
   check_state(weights, first, second, rule);

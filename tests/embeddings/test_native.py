@@ -1,5 +1,6 @@
 """Building the kernels: once, whoever asks; never at import; and a compiler that fails is told of in its own words."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -18,7 +20,6 @@ pytestmark = [
 ]
 
 LOAD = """
-import torch
 from embeddings import native, ops
 loaded = native.load({mode!r})
 batch = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, torch.tensor([[0, 0, 2, 2, 0, 4, 4, 1, 0]]), 2)
@@ -194,3 +195,29 @@ def test_a_new_source_is_a_new_library(tmp_path):
         keys.append(out)
         assert status == 0, err
     assert keys[0] != keys[1]
+
+
+class HeapInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc's malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells what its heap holds")
+def test_calls_leave_nothing_on_the_heap(native_kernels):
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = HeapInfo
+    names, calls = "C" * 100, 2000
+    table = torch.tensor([[0, 0, 2, 2, 0, 4, 4, 1, 0]])
+    batch = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, table, 2, 2, 1, 1, 0, 0, 0, 0, names)
+
+    def held() -> int:
+        for _ in range(calls):
+            torch.ops.embeddings.bag(*batch)
+        return mallinfo2().uordblks
+
+    first = held()
+    assert held() - first < calls * len(names) / 10
