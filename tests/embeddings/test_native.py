@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 LOAD = """
+import torch
 from embeddings import native, ops
 loaded = native.load({mode!r})
 batch = (torch.ones(4, 2), torch.tensor([1, 3]), None, None, torch.tensor([[0, 0, 2, 2, 0, 4, 4, 1, 0]]), 2)
