@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlrm import checkpoint, expected, jobs, linear
 from dlrm.log import RunLog
-from dlrm.memory import Needs, format_bytes, needs, reset_peak, share_heap
+from dlrm.memory import Needs, format_bytes, needs, reset_peak, keep_heap
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
 from dlrm.run_folder import config_hash, git_commit, make_run_folder
 from dlrm.settings import TrainerSettings
@@ -123,7 +123,7 @@ def unique_folder(path: str) -> str:
 
 
 # here and not in main: a launcher's processes import this module and call `run`
-share_heap()
+keep_heap()
 # cached: hydra asks for the folder more than once, and must get the same one
 OmegaConf.register_new_resolver("unique_folder", unique_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)

@@ -206,7 +206,7 @@ def main() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     generator = np.random.default_rng(0)
-    memory.share_heap()
+    memory.keep_heap()
     ready, step, is_fused = MAKERS[kind](spec)
     gc.collect()
     memory.reset_peak("cpu")

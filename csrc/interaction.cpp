@@ -6,37 +6,14 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_packs.h"
+
 namespace embeddings {
 namespace {
 
 using torch::stable::parallel_for;
 
-// Numbers that one instruction takes.
-#ifdef __AVX512F__
-constexpr int64_t kBytes = 64;
-#else
-constexpr int64_t kBytes = 32;
-#endif
-template <typename real>
-constexpr int64_t kLanes = kBytes / sizeof(real);
-template <typename real>
-struct PackOf {
-  typedef real type __attribute__((vector_size(kBytes)));
-  typedef real anywhere __attribute__((vector_size(kBytes), aligned(sizeof(real)), may_alias));
-};
-template <typename real>
-using Pack = typename PackOf<real>::type;
-
 constexpr int64_t kRows = 4;  // of a tile, times up to 2 packs: 8 sums and 2 packs, of the 16 registers that AVX2 has
-
-template <typename real>
-void store(real* to, const Pack<real>& from) {
-  *reinterpret_cast<typename PackOf<real>::anywhere*>(to) = from;
-}
-template <typename real>
-void load(const real* from, Pack<real>& to) {
-  to = *reinterpret_cast<const typename PackOf<real>::anywhere*>(from);
-}
 
 int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
@@ -49,7 +26,7 @@ void copy(const from_t* __restrict__ from, int64_t n, to_t* __restrict__ to) {
 
 // The first n numbers of a pack.
 template <typename real, typename to_t>
-void store(to_t* to, const Pack<real>& from, int64_t n) {
+void store_first(to_t* to, const Pack<real>& from, int64_t n) {
   if constexpr (std::is_same_v<real, to_t>) {
     if (n >= kLanes<real>) return store<real>(to, from);
   }
@@ -63,30 +40,6 @@ template <typename Function>
 void for_each_tile(int64_t n, Function function) {
   if (n % 2) function(std::integral_constant<int, 1>{}, n -= 1);
   while (n > 0) function(std::integral_constant<int, 2>{}, n -= 2);
-}
-
-// Of packs a and b, n apart: the numbers with bit n of their place clear go to a, the others to b.
-template <int64_t n, typename real, size_t... lane>
-void exchange(Pack<real>& a, Pack<real>& b, std::index_sequence<lane...>) {
-#if __has_builtin(__builtin_shufflevector)
-  constexpr size_t lanes = sizeof...(lane);  // the numbers of b count from here
-  const Pack<real> first = __builtin_shufflevector(a, b, (lane & n ? lanes + (lane ^ n) : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & n ? lanes + lane : lane ^ n)...);
-#else  // GCC 11
-  const Pack<real> first = {(lane & n ? b[lane ^ n] : a[lane])...};
-  b = {(lane & n ? b[lane] : a[lane ^ n])...};
-#endif
-  a = first;
-}
-
-template <typename real, int64_t n = 1>
-void transpose(Pack<real> (&packs)[kLanes<real>]) {
-  if constexpr (n < kLanes<real>) {
-    for (int64_t i = 0; i < kLanes<real>; ++i) {
-      if (!(i & n)) exchange<n, real>(packs[i], packs[i + n], std::make_index_sequence<kLanes<real>>());
-    }
-    transpose<real, n * 2>(packs);
-  }
 }
 
 // A thread's working memory for one sample after another.
@@ -132,7 +85,7 @@ struct Workspace {
 };
 
 template <typename real>
-void transpose(Workspace<real>& work) {
+void transpose_vectors(Workspace<real>& work) {
   constexpr int64_t n = kLanes<real>;
   for (int64_t v = 0; v < work.num_vectors; v += n) {
     for (int64_t d = 0; d < work.width; d += n) {
@@ -237,7 +190,7 @@ Tensor dot_interaction(const Tensor& dense, const Tensor& embedded) {
       Workspace<decltype(sum)> work(call);
       for (int64_t b = first; b < last; ++b) {
         work.read(from_dense + b * call.dim, from + b * row);
-        transpose(work);
+        transpose_vectors(work);
         multiply_all(work);
         std::copy_n(from_dense + b * call.dim, call.dim, to + b * columns);
         copy(work.pairs, call.num_pairs(), to + b * columns + call.dim);
@@ -269,9 +222,9 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Te
         const dense_t* of_row = g + b * columns;
         multiply_all_pairs(work, [&](int64_t v, int64_t d, Pack<real>& sum) {
           const int64_t n = call.dim - d;
-          if (v > 0) return store<real>(to + b * row + (v - 1) * call.dim + d, sum, n);
+          if (v > 0) return store_first<real>(to + b * row + (v - 1) * call.dim + d, sum, n);
           for (int64_t i = 0; i < std::min(n, kLanes<real>); ++i) sum[i] += static_cast<real>(of_row[d + i]);
-          store<real>(to_dense + b * call.dim + d, sum, n);
+          store_first<real>(to_dense + b * call.dim + d, sum, n);
         });
       }
     });

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from embeddings.relu import relu_backward
+
 CHOICES = ("auto", "torch", "onednn")
 # what torch.compile's CPU backend calls; private to torch, so it is looked at before it is used
 SCHEMA = (
@@ -43,9 +45,9 @@ class _OneDNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight, out = ctx.saved_tensors
-        gradient = torch.ops.aten.threshold_backward(gradient, out, 0)  # [B, out_features]
+        gradient, transposed, to_bias = relu_backward(gradient, out)  # [B, out_features] and its transpose
         to_x = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        return to_x, _product(gradient.t(), x.t()), gradient.sum(0)
+        return to_x, _product(transposed, x.t()), to_bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:

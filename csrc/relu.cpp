@@ -1,0 +1,92 @@
+// The gradient of ReLU on the CPU in the three forms that a layer needs: as it is, for its input's gradient;
+// transposed, for the weights' (the product would copy a transposed view number by number); and summed, for the bias's.
+#include <tuple>
+
+#include "cpu_call.h"
+#include "cpu_packs.h"
+
+namespace embeddings {
+namespace {
+
+constexpr int64_t n = kLanes<float>;
+constexpr int64_t kBlock = 32;  // rows of a task: of a transposed row whole lines of the cache
+
+struct Gradient {
+  const float *grad, *out;     // [rows, columns]
+  float *masked, *transposed;  // [rows, columns], [columns, rows]
+  int64_t rows, columns;
+
+  // Rows first..last of columns c..end, number by number; adds them to sums.
+  void some(int64_t first, int64_t last, int64_t c, int64_t end, float* sums) const {
+    for (int64_t b = first; b < last; ++b) {
+      for (int64_t j = c; j < end; ++j) {
+        const int64_t at = b * columns + j;
+        masked[at] = transposed[j * rows + b] = out[at] <= 0 ? 0 : grad[at];  // of a NaN the gradient goes through
+        sums[j] += masked[at];
+      }
+    }
+  }
+
+  // The same of n rows and n columns.
+  void square(int64_t first, int64_t c, float* sums) const {
+    Pack<float> packs[n], sum;
+    load(sums + c, sum);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) {
+      Pack<float> values;
+      load(out + (first + i) * columns + c, values);
+      load(grad + (first + i) * columns + c, packs[i]);
+      packs[i] = values <= 0 ? Pack<float>{} : packs[i];
+      store<float>(masked + (first + i) * columns + c, packs[i]);
+      sum += packs[i];
+    }
+    store<float>(sums + c, sum);
+    transpose<float>(packs);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) store<float>(transposed + (c + i) * rows + first, packs[i]);
+  }
+
+  void block(int64_t begin, int64_t end, float* sums) const {
+    for (int64_t first = begin; first < end; first += n) {
+      const int64_t last = std::min(first + n, end), whole = last - first == n ? columns / n * n : 0;
+      for (int64_t c = 0; c < whole; c += n) square(first, c, sums);
+      some(first, last, whole, columns, sums);
+    }
+  }
+};
+
+// Arguments as in embeddings/relu.py.
+std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tensor& out) {
+  require(grad.dim() == 2 && out.dim() == 2 && grad.size(0) == out.size(0) && grad.size(1) == out.size(1) &&
+              grad.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float,
+          "relu_backward: grad and out must be of one shape [B, O], both float32");
+  const Tensor grads = torch::stable::contiguous(grad), outs = torch::stable::contiguous(out);
+  const int64_t rows = grad.size(0), columns = grad.size(1), blocks = (rows + kBlock - 1) / kBlock;
+  Tensor masked = torch::stable::new_empty(grads, {rows, columns});
+  Tensor transposed = torch::stable::new_empty(grads, {columns, rows});
+  Tensor sums = torch::stable::new_empty(grads, {columns});
+  std::vector<float> parts(blocks * columns);
+  const Gradient gradient{grads.const_data_ptr<float>(),
+                          outs.const_data_ptr<float>(),
+                          masked.mutable_data_ptr<float>(),
+                          transposed.mutable_data_ptr<float>(),
+                          rows,
+                          columns};
+  for_each_task(blocks, rows * columns, [&](int64_t i) {
+    gradient.block(i * kBlock, std::min((i + 1) * kBlock, rows), parts.data() + i * columns);
+  });
+  float* to = sums.mutable_data_ptr<float>();
+  std::fill_n(to, columns, 0.0f);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const float* part = parts.data() + i * columns;
+    for (int64_t j = 0; j < columns; ++j) to[j] += part[j];
+  }
+  return {masked, transposed, sums};
+}
+
+}  // namespace
+}  // namespace embeddings
+
+STABLE_TORCH_LIBRARY_IMPL(embeddings, CPU, m) {
+  m.impl("relu_backward", TORCH_BOX(&embeddings::relu_backward));
+}
