@@ -225,6 +225,12 @@ def train(config: dict, folder: Path) -> dict:
             raise ConfigError("hydra.sweeper: a search is judged on the validation split, and this data has none")
         how = {"pooling": config["pooling"], "seed": config["seed"]}
         averages = settings.average_from is not None
+        rounded = [feature for feature, backend in chosen.items() if backend.precision != "fp32"]
+        if averages and rounded:
+            raise ConfigError(
+                f"trainer.average_from={settings.average_from}: the mean of {chosen[rounded[0]].precision} weights "
+                f"(feature {rounded[0]}) would be rounded away; it needs precision=fp32"
+            )
         planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
         planned_optimizer = make_embedding(planned.parameters())
         fused = fuses(config, planned, planned_optimizer)
@@ -275,7 +281,7 @@ class Backends:
         if isinstance(self.default, Dense):
             self.dense = self.default
         else:
-            how = {"accumulate": self.default.accumulate, "init": self.default.init}
+            how = {name: getattr(self.default, name) for name in ("accumulate", "init", "precision")}
             self.dense = Dense(embedding_dim=self.default.embedding_dim, compression=1.0, **how)
         if not self.default.compresses and config["compression"] != 1:
             name, ratio = self.default.name, config["compression"]

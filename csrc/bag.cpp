@@ -52,10 +52,10 @@ void find_slots(const Call& call, const Map& map, int64_t f, int64_t first, int6
 // to [width] = the sum of `count` slots of the slab, every `step`-th of slots, over divisor.
 template <int kWidth, typename weight_t>
 HOST_DEVICE void pool(const weight_t* slab, const int64_t* slots, int64_t count, int64_t step, int64_t width,
-                      typename Accumulator<weight_t>::type divisor, weight_t* to) {
+                      typename Accumulator<weight_t>::type divisor, typename Accumulator<weight_t>::type* to) {
   using real = typename Accumulator<weight_t>::type;
   if constexpr (kWidth > 0) {
-    if (count == 0) return static_cast<void>(std::fill_n(to, kWidth, weight_t(0)));
+    if (count == 0) return static_cast<void>(std::fill_n(to, kWidth, real(0)));
     const auto read = [&](int64_t i) {
       Numbers<real, kWidth> row;
       row.load(slab + slots[i * step]);
@@ -79,7 +79,7 @@ HOST_DEVICE void pool(const weight_t* slab, const int64_t* slots, int64_t count,
         }
       }
       const real sum = count > kRun ? total + run : run;
-      to[z] = static_cast<weight_t>(divisor == real(1) ? sum : sum / divisor);
+      to[z] = divisor == real(1) ? sum : sum / divisor;
     }
   }
 }
@@ -90,7 +90,7 @@ bool pools_rows(const Call& call) {
 }
 
 template <int kWidth, typename weight_t>
-void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) {
+void write_bags(const Call& call, int64_t f, const Found& found, typename Accumulator<weight_t>::type* out) {
   using real = typename Accumulator<weight_t>::type;
   const Table table = call.at.table(f, 0);
   const int64_t chunks = table.chunks(), width = kWidth ? kWidth : table.width;
@@ -106,7 +106,7 @@ void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) 
   if constexpr (kWidth > 0) {
     if (!call.at.offsets) {  // every slot is a bag's, or a chunk of it
       for (int64_t b = found.first_bag; b < found.last_bag; ++b) {
-        weight_t* to = out + b * call.columns + table.column;
+        real* to = out + b * call.columns + table.column;
         for (int64_t c = 0; c < chunks; ++c, ++slots) {
           ask_for(slots + kAhead);
           Numbers<real, kWidth> row;
@@ -120,7 +120,7 @@ void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) 
   for (int64_t b = found.first_bag; b < found.last_bag; ++b) {
     const int64_t count = call.at.end(f, b) - call.at.begin(f, b);
     const real divisor = call.at.divisor<real>(f, b, call.pooling);
-    weight_t* to = out + b * call.columns + table.column;
+    real* to = out + b * call.columns + table.column;
     ask_for(slots + count * chunks + kAhead);
     for (int64_t c = 0; c < chunks; ++c) pool<kWidth>(slab, slots + c, count, chunks, width, divisor, to + c * width);
     slots += count * chunks;
@@ -128,7 +128,7 @@ void write_bags(const Call& call, int64_t f, const Found& found, weight_t* out) 
 }
 
 template <typename weight_t, typename Map>
-void forward_rows(const Call& call, const Map& map, weight_t* out) {
+void forward_rows(const Call& call, const Map& map, typename Accumulator<weight_t>::type* out) {
   const int64_t B = call.at.batch_size, size = 1024, tasks = (B + size - 1) / size;  // bags of a task
   FirstError error;
   for_each_task(call.at.num_features * tasks, call.at.num_ids * call.chunks * call.unit, [&](int64_t task) {
@@ -137,7 +137,7 @@ void forward_rows(const Call& call, const Map& map, weight_t* out) {
     with_width(call.at.table(f, 0).width, [&](auto width) {
       for (int64_t b = task % tasks * size; b < last; b = found.last_bag) {
         find_slots(call, map, f, b, last, found, error);
-        if (!error.found()) write_bags<width.value>(call, f, found, out);
+        if (!error.found()) write_bags<width.value, weight_t>(call, f, found, out);
       }
     });
   });
@@ -148,10 +148,9 @@ void forward_rows(const Call& call, const Map& map, weight_t* out) {
 // --- any bag ---------------------------------------------------------------------------------------------------------
 
 // Sums the bag into `sum`, each vector times its sample weight. last: where the feature's ids end.
-template <typename weight_t, typename Reader, typename Sum>
-HOST_DEVICE void sum_of_bag(const Call& call, Reader& reader, Reader& ahead, const weight_t* sample_weights, int64_t f,
+template <typename real, typename Reader, typename Sum>
+HOST_DEVICE void sum_of_bag(const Call& call, Reader& reader, Reader& ahead, const real* sample_weights, int64_t f,
                             int64_t b, int64_t last, Sum& sum, FirstError& error) {
-  using real = typename Accumulator<weight_t>::type;
   constexpr int64_t kAhead = 16;  // ids: about the time of one cold read, which costs more to wait for than to add
   for (int64_t n = call.at.begin(f, b), end = call.at.end(f, b); n < end; ++n) {
     if (n + kAhead < last && ahead.look_up(call.at.id(n + kAhead))) ahead.prefetch();
@@ -159,7 +158,7 @@ HOST_DEVICE void sum_of_bag(const Call& call, Reader& reader, Reader& ahead, con
       error.bad_id(call, f, b, n);
       continue;
     }
-    const real w = sample_weights ? static_cast<real>(sample_weights[n]) : real(1);
+    const real w = sample_weights ? sample_weights[n] : real(1);
     sum.next();
     reader.read([&](int64_t d, int64_t size, auto fill) {
       sum.put(d, size, [&fill, w](int64_t z, auto& piece) {
@@ -171,9 +170,9 @@ HOST_DEVICE void sum_of_bag(const Call& call, Reader& reader, Reader& ahead, con
 }
 
 template <typename weight_t, typename Map>
-void forward_any(const Call& call, const Map& map, weight_t* out) {
+void forward_any(const Call& call, const Map& map, typename Accumulator<weight_t>::type* out) {
   using real = typename Accumulator<weight_t>::type;
-  const auto* sample_weights = call.sample_weights_at<weight_t>();
+  const auto* sample_weights = call.sample_weights_at<real>();
   const int64_t B = call.at.batch_size;
   FirstError error;
   parallel_for(0, call.at.num_features * B, 512, [&](int64_t first, int64_t last) {
@@ -192,12 +191,12 @@ void forward_any(const Call& call, const Map& map, weight_t* out) {
           sum_of_bag(call, reader, ahead, sample_weights, f, b, end, sum, error);
           pooled = sum.finish();
         }
-        weight_t* to = out + b * call.columns + column;
+        real* to = out + b * call.columns + column;
         const real divisor = call.at.divisor<real>(f, b, call.pooling);
         if (divisor == real(1)) {
-          for (int64_t d = 0; d < length; ++d) to[d] = static_cast<weight_t>(pooled[d]);
+          std::copy_n(pooled, length, to);
         } else {
-          for (int64_t d = 0; d < length; ++d) to[d] = static_cast<weight_t>(pooled[d] / divisor);
+          for (int64_t d = 0; d < length; ++d) to[d] = pooled[d] / divisor;
         }
       }
     }
@@ -208,8 +207,9 @@ void forward_any(const Call& call, const Map& map, weight_t* out) {
 
 void forward(const Call& call, Tensor& out) {
   with_dtype_and_map(call, [&](auto weight, auto map) {
-    auto* to = out.mutable_data_ptr<decltype(weight)>();
-    pools_rows(call) ? forward_rows(call, map, to) : forward_any(call, map, to);
+    using weight_t = decltype(weight);
+    auto* to = out.mutable_data_ptr<typename Accumulator<weight_t>::type>();
+    pools_rows(call) ? forward_rows<weight_t>(call, map, to) : forward_any<weight_t>(call, map, to);
   });
 }
 
@@ -222,9 +222,9 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns,
                               {probes, chunks, index_map, combine, pooling}, features);
   check_tables(call, Columns::kAll);  // before `columns` is believed
-  Tensor out = torch::stable::new_empty(weights, {batch_size, columns});
+  Tensor out = torch::stable::new_empty(weights, {batch_size, columns}, sums_of(weights.scalar_type()));
   forward(call, out);
-  return out;
+  return in_dtype(out, weights.scalar_type());
 }
 
 void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,

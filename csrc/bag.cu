@@ -20,7 +20,7 @@ constexpr int kThreads = 256;
 // out [B, columns]
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
-    sum_kernel(Lookup lookup, typename Lookup::weight_t* __restrict__ out, int lanes) {
+    sum_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int lanes) {
   const Group group = group_of(lanes);
   lookup.for_each_bag(group, lookup.parts(), [&](const Bag& bag, int64_t part) {
     const Table& table = lookup.at.table(bag.f, part);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
       typename Lookup::real v[pack];
       lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
         lookup.vector(bag.f, part, id, d, v);
-        if (lookup.sample_weights) scale(v, static_cast<typename Lookup::real>(lookup.sample_weights[n]));
+        if (lookup.sample_weights) scale(v, lookup.sample_weights[n]);
         sum.add(v);
       });
       sum.finish(v);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
 // first of equals wins, and a NaN, once met, stays.
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
-    max_kernel(Lookup lookup, typename Lookup::weight_t* __restrict__ out, int64_t* __restrict__ argmax, int lanes) {
+    max_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int64_t* __restrict__ argmax, int lanes) {
   const Group group = group_of(lanes);
   lookup.for_each_bag(group, lookup.parts(), [&](const Bag& bag, int64_t part) {
     const Table& table = lookup.at.table(bag.f, part);
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kThreads)
 // out [N]: the ordered sum of an id's vector times the gradient of its bag, over all columns of its feature.
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
-    sample_weights_kernel(Lookup lookup, typename Lookup::weight_t* __restrict__ out, int lanes) {
+    sample_weights_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int lanes) {
   using real = typename Lookup::real;
   const Group group = group_of(lanes);
   lookup.for_each_bag(group, 1, [&](const Bag& bag, int64_t) {
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       real total[1];
       sum.finish(total);
-      out[n] = static_cast<typename Lookup::weight_t>(total[0]);
+      out[n] = total[0];
     });
   });
 }
@@ -402,7 +402,7 @@ FirstError* error_of(const std::string& features) {
   return record;
 }
 
-// Calls function(lookup). grad: contiguous, or nothing in a forward.
+// Calls function(lookup). grad: `summable`, or nothing in a forward.
 template <typename Function>
 void with_lookup(const Call& call, const std::optional<Tensor>& grad, Function function) {
   require(call.columns <= INT32_MAX, "columns must be less than 2^31");
@@ -410,13 +410,12 @@ void with_lookup(const Call& call, const std::optional<Tensor>& grad, Function f
   FirstError* error = error_of(call.features);
   with_dtype_and_map(call, [&](auto weight, auto map) {
     using weight_t = decltype(weight);
+    using real = typename Accumulator<weight_t>::type;
     using Map = decltype(map);
     const Batch<Map> batch{call.at,      map,          call.unit,     call.columns, call.chunks,
                            call.combine, call.pooling, num_positions, error};
-    const auto numbers = [](const std::optional<Tensor>& tensor) {
-      return tensor ? tensor->const_data_ptr<weight_t>() : nullptr;
-    };
-    const auto *slab = numbers(call.weights), *sample_weights = numbers(call.sample_weights), *g = numbers(grad);
+    const weight_t* slab = call.weights_at<weight_t>();
+    const real *sample_weights = call.sample_weights_at<real>(), *g = grad ? grad->const_data_ptr<real>() : nullptr;
     if (call.combine == kConcat || call.at.probes == 1) {
       function(Lookup<weight_t, Map, false>{batch, slab, sample_weights, g, nullptr});
     } else {
@@ -519,7 +518,7 @@ void forward(const Launch& launch, const Call& call, Tensor& out) {
     using Lookup = decltype(lookup);
     const Typical<Lookup> typical(call);
     const int64_t work = typical.parts * call.at.batch_size;
-    auto* to = out.mutable_data_ptr<typename Lookup::weight_t>();
+    auto* to = out.mutable_data_ptr<typename Lookup::real>();
     if (call.pooling == kMax) {
       launch(max_kernel<Lookup>, work, typical.lanes(typical.dim), lookup, to, nullptr);
     } else {
@@ -535,9 +534,9 @@ Tensor bag(const Tensor& weights, const Tensor& ids, std::optional<Tensor> offse
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_call(weights, ids, offsets, sample_weights, tables, batch_size, columns, layout, features);
-  Tensor out = torch::stable::new_empty(weights, {batch_size, columns});
+  Tensor out = torch::stable::new_empty(weights, {batch_size, columns}, sums_of(weights.scalar_type()));
   forward(launch, call, out);
-  return out;
+  return in_dtype(out, weights.scalar_type());
 }
 
 void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
@@ -556,7 +555,7 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = summable(grad, weights);
   Tensor out = torch::stable::new_zeros(weights, {call.num_units, call.unit});
   with_lookup(call, dense, [&](auto lookup) {
     const auto argmax = find_argmax(launch, call, lookup);
@@ -576,7 +575,7 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables, layout, features);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = summable(grad, weights);
   Tensor units, values;
   with_lookup(call, dense, [&](auto lookup) {
     const auto argmax = find_argmax(launch, call, lookup);
@@ -608,14 +607,14 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   const Launch launch(weights);
   const Layout layout{probes, chunks, index_map, combine, pooling};
   const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables, layout, features);
-  const Tensor dense = torch::stable::contiguous(grad);
-  Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});
+  const Tensor dense = summable(grad, weights);
+  Tensor out = torch::stable::new_zeros(dense, {call.at.num_ids});
   with_lookup(call, dense, [&](auto lookup) {
     using Lookup = decltype(lookup);
     launch(sample_weights_kernel<Lookup>, call.at.num_features * call.at.batch_size, 1, lookup,
-           out.mutable_data_ptr<typename Lookup::weight_t>());
+           out.mutable_data_ptr<typename Lookup::real>());
   });
-  return out;
+  return in_dtype(out, grad.scalar_type());
 }
 
 void raise_noted(const Tensor& weights, Names features) {

@@ -108,10 +108,10 @@ struct Ids {
 struct Call {
   Tensor weights, ids, tables;
   const void* slab;  // the weights' numbers: asking the tensor for them costs more than reading some
-  std::optional<Tensor> offsets, sample_weights;
-  int64_t num_units, unit;  // S, Z
-  int64_t columns;          // of a row of the output: the numbers of all features
-  int64_t chunks;           // the most that any table has
+  std::optional<Tensor> offsets, sample_weights;  // sample_weights: in the dtype of sums
+  int64_t num_units, unit;                        // S, Z
+  int64_t columns;                                // of a row of the output: the numbers of all features
+  int64_t chunks;                                 // the most that any table has
   int64_t index_map, combine, pooling;
   Ids at;
   std::string features;  // names, for errors, with kSeparator between them
@@ -120,9 +120,9 @@ struct Call {
   const weight_t* weights_at() const {
     return static_cast<const weight_t*>(slab);
   }
-  template <typename weight_t>
-  const weight_t* sample_weights_at() const {
-    return sample_weights ? sample_weights->const_data_ptr<weight_t>() : nullptr;
+  template <typename real>
+  const real* sample_weights_at() const {
+    return sample_weights ? sample_weights->const_data_ptr<real>() : nullptr;
   }
   // Numbers of feature f's vector: columns of the output that it fills.
   int64_t length(int64_t f) const {
@@ -162,6 +162,24 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
+// The dtype of sums over weights of a dtype, and so of what is written to and read from the batch's vectors.
+inline ScalarType sums_of(ScalarType weights) {
+  return weights == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline bool is_summable(const Tensor& tensor, const Tensor& weights) {
+  return tensor.scalar_type() == weights.scalar_type() || tensor.scalar_type() == sums_of(weights.scalar_type());
+}
+
+inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Contiguous, in the dtype of sums: exact.
+inline Tensor summable(const Tensor& tensor, const Tensor& weights) {
+  return torch::stable::contiguous(in_dtype(tensor, sums_of(weights.scalar_type())));
+}
+
 // How a call's tables are to be read: integers of the operators' schema, in its order.
 struct Layout {
   int64_t probes, chunks, index_map, combine, pooling;
@@ -198,9 +216,9 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
           "the number of bags must be a multiple of batch_size");
   if (sample_weights) {
     require(layout.pooling != kMax, "per_sample_weights: pooling must be sum or mean, not max");
-    require(sample_weights->dim() == 1 && sample_weights->numel() == ids.numel() &&
-                sample_weights->scalar_type() == weights.scalar_type(),
-            "per_sample_weights must be [N], of the weights' dtype");
+    require(
+        sample_weights->dim() == 1 && sample_weights->numel() == ids.numel() && is_summable(*sample_weights, weights),
+        "per_sample_weights must be [N], of the weights' dtype or that of their sums");
   }
   Call call;
   call.weights = torch::stable::contiguous(weights);
@@ -208,7 +226,7 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
   call.ids = torch::stable::contiguous(ids);
   call.tables = torch::stable::contiguous(tables);
   if (offsets) call.offsets = torch::stable::contiguous(*offsets);
-  if (sample_weights) call.sample_weights = torch::stable::contiguous(*sample_weights);
+  if (sample_weights) call.sample_weights = summable(*sample_weights, weights);
   call.num_units = weights.size(0);
   call.unit = weights.dim() == 1 ? 1 : weights.size(1);
   call.columns = columns;
@@ -234,17 +252,17 @@ inline Call make_call(const Tensor& weights, const Tensor& ids, const std::optio
 inline Call make_backward_call(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                const std::optional<Tensor>& offsets, const std::optional<Tensor>& sample_weights,
                                const Tensor& tables, const Layout& layout, const std::string& features) {
-  require(grad.dim() == 2 && grad.scalar_type() == weights.scalar_type() && same_device(grad, weights),
-          "grad must be [B, columns], of the weights' dtype and on their device");
+  require(grad.dim() == 2 && is_summable(grad, weights) && same_device(grad, weights),
+          "grad must be [B, columns], of the weights' dtype or that of their sums and on their device");
   require(weights.dim() == 2, "weights must be [units, numbers of a unit]");
   return make_call(weights, ids, offsets, sample_weights, tables, grad.size(0), grad.size(1), layout, features);
 }
 
 // What bag_into writes to.
 inline void check_out(const Tensor& out, const Tensor& weights) {
-  require(
-      out.dim() == 2 && out.is_contiguous() && out.scalar_type() == weights.scalar_type() && same_device(out, weights),
-      "out must be contiguous [B, columns], of the weights' dtype and on their device");
+  require(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == sums_of(weights.scalar_type()) &&
+              same_device(out, weights),
+          "out must be contiguous [B, columns], of the dtype of the weights' sums and on their device");
 }
 
 // Calls function(weight_t{}) for the dtype of the weights.

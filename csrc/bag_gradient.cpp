@@ -52,12 +52,13 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
   const std::vector<Slice> slices = check_tables(call, Columns::kSome);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = summable(grad, weights);
   Tensor out = torch::stable::new_zeros(weights, {call.num_units, call.unit});
   with_dtype(call.weights.scalar_type(), [&](auto weight) {
     using weight_t = decltype(weight);
     auto* to = out.mutable_data_ptr<weight_t>();
-    backward(call, slices, dense.const_data_ptr<weight_t>(), [&](Touches& touches, const auto& sum) {
+    using real = typename Accumulator<weight_t>::type;
+    backward<weight_t>(call, slices, dense.const_data_ptr<real>(), [&](Touches& touches, const auto& sum) {
       for_each_part(touches, call.unit, [&](int64_t, const Touches::Part& part) {
         touches.sort(part);
         ToSlab<weight_t> sink(to, slices[part.slice]);
@@ -75,11 +76,12 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
   const std::vector<Slice> slices = check_tables(call, Columns::kSome);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = summable(grad, weights);
   std::optional<Tensor> units, values;
   with_dtype(call.weights.scalar_type(), [&](auto weight) {
     using weight_t = decltype(weight);
-    backward(call, slices, dense.const_data_ptr<weight_t>(), [&](Touches& touches, const auto& sum) {
+    using real = typename Accumulator<weight_t>::type;
+    backward<weight_t>(call, slices, dense.const_data_ptr<real>(), [&](Touches& touches, const auto& sum) {
       const std::vector<int64_t> starts = sort_and_count(touches, slices, call.unit);
       units = torch::stable::new_empty(weights, {starts.back() / call.unit}, ScalarType::Long);
       values = torch::stable::new_empty(weights, {starts.back() / call.unit, call.unit});
@@ -99,15 +101,15 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
                                    int64_t index_map, int64_t combine, int64_t pooling, Names features) {
   const Call call = make_backward_call(grad, weights, ids, offsets, std::nullopt, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
-  const Tensor dense = torch::stable::contiguous(grad);
-  Tensor out = torch::stable::new_zeros(weights, {call.at.num_ids});
+  const Tensor dense = summable(grad, weights);
+  Tensor out = torch::stable::new_zeros(dense, {call.at.num_ids});
   check_tables(call, Columns::kSome);
   with_dtype_and_map(call, [&](auto weight, auto map) {
     using weight_t = decltype(weight);
     using Map = decltype(map);
     using real = typename Accumulator<weight_t>::type;
-    const auto* grads = dense.const_data_ptr<weight_t>();
-    auto* to = out.mutable_data_ptr<weight_t>();
+    const auto* grads = dense.const_data_ptr<real>();
+    auto* to = out.mutable_data_ptr<real>();
     FirstError error;
     parallel_for(0, call.at.num_features * call.at.batch_size, 512, [&](int64_t first, int64_t last) {
       OrderedNumber<real> sum;
@@ -115,7 +117,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
         const int64_t f = bag / call.at.batch_size, b = bag % call.at.batch_size;
         if (!valid_bag(call, f, b, error)) continue;
         Reader<weight_t, Map> reader(call, map, f);
-        const weight_t* g = grads + b * call.columns + call.at.table(f, 0).column;
+        const real* g = grads + b * call.columns + call.at.table(f, 0).column;
         const real divisor = call.at.divisor<real>(f, b, call.pooling);
         for (int64_t n = call.at.begin(f, b); n < call.at.end(f, b); ++n) {
           if (!reader.look_up(call.at.id(n))) {
@@ -127,17 +129,17 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
             for (int64_t z = 0; z < size; ++z) {
               real v[1];
               fill(z, v);
-              sum.add(v[0] * static_cast<real>(g[d + z]) / divisor);
+              sum.add(v[0] * g[d + z] / divisor);
             }
           });
-          to[n] = static_cast<weight_t>(sum.finish());
+          to[n] = sum.finish();
         }
       }
     });
     error.raise(call);
     check_cover(call);
   });
-  return out;
+  return in_dtype(out, grad.scalar_type());
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ struct Keeper : Sink<real> {
 template <typename weight_t, typename MakeUpdater>
 void update(const Call& call, const std::vector<Slice>& slices, const Tensor& grad, const MakeUpdater& updater) {
   using real = typename Accumulator<weight_t>::type;
-  backward<weight_t>(call, slices, grad.const_data_ptr<weight_t>(), [&](Touches& touches, const SumPart<real>& sum) {
+  backward<weight_t>(call, slices, grad.const_data_ptr<real>(), [&](Touches& touches, const SumPart<real>& sum) {
     if (!reads_others(call)) {
       return for_each_part(touches, call.unit, [&](int64_t, const Touches::Part& part) {
         touches.sort(part);
@@ -161,7 +161,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
                                        {probes, chunks, index_map, combine, pooling}, features);
   check_state(weights, first, second, rule);
   const std::vector<Slice> slices = check_tables(call, Columns::kSome);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = summable(grad, weights);
   with_dtype(weights.scalar_type(), [&](auto weight) {
     using weight_t = decltype(weight);
     auto* slab = weights.mutable_data_ptr<weight_t>();

@@ -41,9 +41,9 @@ struct Contributions {
   using real = typename Accumulator<weight_t>::type;
   const Call& call;
   const Map& map;
-  const weight_t* grad;            // [B, columns]
-  const weight_t* sample_weights;  // [N] or nullptr
-  const int64_t* argmax;           // [B, columns] or nullptr
+  const real* grad;            // [B, columns]
+  const real* sample_weights;  // [N] or nullptr
+  const int64_t* argmax;       // [B, columns] or nullptr
 
   // sum += what position n of sample b adds to the slot of chunk c of its probe k.
   template <typename Sum>
@@ -79,12 +79,12 @@ struct Contributions {
  private:
   // The gradient of numbers column, column + 1, ... of the vector of one id of the bag, as a fill of OrderedSum.
   auto base_of(const Occurrence& at, int64_t column) const {
-    const weight_t* g = grad + at.b * call.columns + column;
+    const real* g = grad + at.b * call.columns + column;
     const int64_t* winner = argmax ? argmax + at.b * call.columns + column : nullptr;
-    const real w = sample_weights ? static_cast<real>(sample_weights[at.n]) : real(1);
+    const real w = sample_weights ? sample_weights[at.n] : real(1);
     const real divisor = call.at.divisor<real>(at.f, at.b, call.pooling);
     return [=, n = at.n](int64_t z, auto& piece) {
-      for (size_t i = 0; i < std::size(piece); ++i) piece[i] = static_cast<real>(g[z + i]) * w;  // * 1 is exact
+      for (size_t i = 0; i < std::size(piece); ++i) piece[i] = g[z + i] * w;  // * 1 is exact
       if (winner) {
         for (size_t i = 0; i < std::size(piece); ++i) piece[i] = winner[z + i] == n ? piece[i] : real(0);
       } else if (divisor != real(1)) {
@@ -169,10 +169,9 @@ inline Ahead look_ahead(const Touches& touches, const uint64_t* begin, const uin
 }
 
 // to [width] = the sum of what the touches [touch, end) of one slot add: vectors of the gradient as they are.
-template <int kWidth, typename weight_t>
-HOST_DEVICE void sum_vectors(const Touches& touches, const uint64_t* touch, const uint64_t* end, const weight_t* grad,
-                             int64_t width, typename Accumulator<weight_t>::type* to) {
-  using real = typename Accumulator<weight_t>::type;
+template <int kWidth, typename real>
+HOST_DEVICE void sum_vectors(const Touches& touches, const uint64_t* touch, const uint64_t* end, const real* grad,
+                             int64_t width, real* to) {
   const auto from = [&](const uint64_t* t) { return grad + (touches.kept(*t) >> 1); };
   const auto negative = [&](const uint64_t* t) { return touches.kept(*t) & 1; };
   constexpr int64_t kNear = 16;  // touches of a slot that were not asked for while it was ahead
@@ -191,7 +190,7 @@ HOST_DEVICE void sum_vectors(const Touches& touches, const uint64_t* touch, cons
     for (int64_t z = 0; z < width; ++z) {  // a number at a time: rare widths only
       real run = 0, total = 0;
       for (int64_t i = 0; touch + i < end; ++i) {
-        const real v = static_cast<real>(from(touch + i)[z]), signed_v = negative(touch + i) ? -v : v;
+        const real v = from(touch + i)[z], signed_v = negative(touch + i) ? -v : v;
         if (i % kRun == 0) {
           if (i) total = i == kRun ? run : total + run;
           run = signed_v;
@@ -204,10 +203,8 @@ HOST_DEVICE void sum_vectors(const Touches& touches, const uint64_t* touch, cons
   }
 }
 
-template <int kWidth, typename weight_t>
-void sum_part(const Touches& touches, const Touches::Part& part, const weight_t* grad, int64_t width,
-              Sink<typename Accumulator<weight_t>::type>& sink) {
-  using real = typename Accumulator<weight_t>::type;
+template <int kWidth, typename real>
+void sum_part(const Touches& touches, const Touches::Part& part, const real* grad, int64_t width, Sink<real>& sink) {
   constexpr int64_t kMost = Sink<real>::kMost, kNear = 4 * kMost;
   const int64_t most = std::clamp<int64_t>(4096 / width, 1, kMost);
   std::vector<real> sums(most * width);
@@ -216,7 +213,7 @@ void sum_part(const Touches& touches, const Touches::Part& part, const weight_t*
     const Ahead ahead = look_ahead(touches, begin, last, most);
     for (const uint64_t* touch = begin; touch < std::min(ahead.end, begin + kNear); ++touch) {
       const char* vector = reinterpret_cast<const char*>(grad + (touches.kept(*touch) >> 1));
-      for (size_t line = 0; line < width * sizeof(weight_t); line += 64) __builtin_prefetch(vector + line);
+      for (size_t line = 0; line < width * sizeof(real); line += 64) __builtin_prefetch(vector + line);
     }
     sink.prefetch(ahead.slots, ahead.count);
     return ahead;
@@ -260,28 +257,23 @@ inline bool reads_others(const Call& call) {
 }
 
 // True if every touch adds a vector of the gradient as it is.
-template <typename weight_t>
-bool adds_vectors(const Call& call) {
-  const bool scaled = call.pooling == kMean && call.offsets;
-  return call.pooling != kMax && !call.sample_weights && !reads_others(call) &&
-         !(scaled && !std::is_same_v<weight_t, typename Accumulator<weight_t>::type>);
+inline bool adds_vectors(const Call& call) {
+  return call.pooling != kMax && !call.sample_weights && !reads_others(call);
 }
 
 // grad [B, columns] over the number of ids of each bag: what every id of it gets under mean pooling.
-template <typename weight_t>
-std::unique_ptr<weight_t[]> divided(const Call& call, const weight_t* grad) {
+template <typename real>
+std::unique_ptr<real[]> divided(const Call& call, const real* grad) {
   if (call.pooling != kMean || !call.offsets) return nullptr;
   const int64_t B = call.at.batch_size;
-  auto out = std::make_unique_for_overwrite<weight_t[]>(B * call.columns);
-  using real = typename Accumulator<weight_t>::type;
+  auto out = std::make_unique_for_overwrite<real[]>(B * call.columns);
   parallel_for(0, B, 64, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       for (int64_t f = 0; f < call.at.num_features; ++f) {
         const real divisor = call.at.divisor<real>(f, b, call.pooling);
         const int64_t begin = b * call.columns + call.at.table(f, 0).column;
         for (int64_t d = begin, end = begin + call.length(f); d < end; ++d) {
-          out[d] = static_cast<weight_t>(divisor == real(1) ? static_cast<real>(grad[d])
-                                                            : static_cast<real>(grad[d]) / divisor);
+          out[d] = divisor == real(1) ? grad[d] : grad[d] / divisor;
         }
       }
     }
@@ -309,13 +301,14 @@ using SumPart = std::function<void(const Touches::Part&, Sink<real>&)>;
 
 // Finds what the batch touches and calls consume(touches, sum).
 template <typename weight_t>
-void backward(const Call& call, const std::vector<Slice>& slices, const weight_t* grad,
+void backward(const Call& call, const std::vector<Slice>& slices, const typename Accumulator<weight_t>::type* grad,
               const std::function<void(Touches&, const SumPart<typename Accumulator<weight_t>::type>&)>& consume) {
   std::optional<Touches> touches;
-  if (adds_vectors<weight_t>(call)) {
+  using real = typename Accumulator<weight_t>::type;
+  if (adds_vectors(call)) {
     with_map(call.index_map, [&](auto map) { touches.emplace(call, map, slices, KeptVector{call}); });
     const auto scaled = divided(call, grad);
-    const weight_t* from = scaled ? scaled.get() : grad;
+    const real* from = scaled ? scaled.get() : grad;
     return consume(*touches, [&](const Touches::Part& part, auto& sink) {
       const int64_t width = slices[part.slice].width;
       with_width(width, [&](auto known) { sum_part<known.value>(*touches, part, from, width, sink); });
@@ -325,7 +318,7 @@ void backward(const Call& call, const std::vector<Slice>& slices, const weight_t
     touches.emplace(call, map, slices, KeptPlace{});
     FirstError none;
     const std::vector<int64_t> argmax = argmax_of<weight_t>(call, map, none);
-    const Contributions<weight_t, decltype(map)> contributions{call, map, grad, call.sample_weights_at<weight_t>(),
+    const Contributions<weight_t, decltype(map)> contributions{call, map, grad, call.sample_weights_at<real>(),
                                                                argmax.empty() ? nullptr : argmax.data()};
     consume(*touches, [&](const Touches::Part& part, auto& sink) {
       sum_contributions(contributions, slices[part.slice], *touches, part, sink);

@@ -220,10 +220,10 @@ struct Lookup : Batch<Map> {
     bool negative;
   };
 
-  const weight_t* __restrict__ slab;            // [S, Z]
-  const weight_t* __restrict__ sample_weights;  // [N] or nullptr
-  const weight_t* __restrict__ grad;            // [B, columns] of a backward
-  const int64_t* __restrict__ argmax;           // [B, columns] of a backward of max, else nullptr
+  const weight_t* __restrict__ slab;        // [S, Z]
+  const real* __restrict__ sample_weights;  // [N] or nullptr
+  const real* __restrict__ grad;            // [B, columns] of a backward
+  const int64_t* __restrict__ argmax;       // [B, columns] of a backward of max, else nullptr
 
   __device__ int64_t parts() const { return kCombines ? 1 : at.probes; }
   __device__ bool is_importance(int64_t k) const { return combine == kWeighted && k == at.probes - 1; }
@@ -286,7 +286,7 @@ struct Lookup : Batch<Map> {
     if (argmax) {
       for (int i = 0; i < kVector; ++i) to[i] = argmax[first + i] == n ? to[i] : real(0);
     }
-    if (sample_weights) scale(to, static_cast<real>(sample_weights[n]));
+    if (sample_weights) scale(to, sample_weights[n]);
     const real divisor = at.template divisor<real>(bag.f, bag.b, pooling);
     if (divisor != real(1)) {
       for (int i = 0; i < kVector; ++i) to[i] /= divisor;

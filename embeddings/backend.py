@@ -15,13 +15,15 @@ Features whose backends are equal, but for embedding_dim, share one slab and one
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Generator, Tensor
 
 from embeddings import index_map as maps
 from embeddings.ops import Accumulate, Combine, IndexMap
 
 TABLE_BYTES = 8 * maps.NUM_COLUMNS  # a probe's row in the slab's table of slices and seeds: kept, so counted
-NUMBER_BYTES = 4  # float32
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DENSE_BYTES = 4  # of a number of a dense table: float32, whatever the backend's precision
 INITS = ("fair", "upstream")
 
 
@@ -45,6 +47,8 @@ class Backend:
         "fair"  # of the weights: fair (a vector's variance is the same under every backend) | upstream (as its authors)
     )
 
+    precision: str = "fp32"  # of the weights: fp32 | bf16 | fp16; sums, gradients and states of optimizers are float32
+
     combine_kind: ClassVar[Combine] = Combine.ADD
 
     def __post_init__(self) -> None:
@@ -54,6 +58,7 @@ class Backend:
             raise ValueError(f"compression={self.compression} must be in (0, 1]: compressed bytes over dense bytes")
         self._check("accumulate", [*(kind.name.lower() for kind in Accumulate), "auto"])
         self._check("init", INITS)
+        self._check("precision", PRECISIONS)
 
     def _check(self, field: str, allowed) -> None:
         if getattr(self, field) not in allowed:
@@ -63,6 +68,11 @@ class Backend:
     def name(self) -> str:
         """The word on the command line."""
         return type(self).__name__.lower()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return PRECISIONS[self.precision]
 
     @property
     def group(self) -> tuple:
@@ -123,11 +133,11 @@ class Backend:
 
     def dense_bytes(self, num_embeddings: int) -> int:
         """Bytes of a feature's uncompressed float32 table."""
-        return num_embeddings * self.embedding_dim * NUMBER_BYTES
+        return num_embeddings * self.embedding_dim * DENSE_BYTES
 
     def slice_bytes(self, slots: tuple[int, ...]) -> int:
         """Bytes of slices with so many slots."""
-        return sum(n * width for n, width in zip(slots, self.widths, strict=True)) * NUMBER_BYTES
+        return sum(n * width for n, width in zip(slots, self.widths, strict=True)) * self.dtype.itemsize
 
     def feature_bytes(self, slots: tuple[int, ...]) -> int:
         """Bytes kept for a feature with so many slots: its weights and its rows of the table."""

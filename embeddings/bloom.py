@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, Probe
+from embeddings.backend import TABLE_BYTES, Backend, Probe
 from embeddings.ops import Combine, IndexMap
 
 # of Spotlight's hashes (Kula, 2017), in its order
@@ -62,7 +62,7 @@ class Bloom(Backend):
 
     def fit(self, num_embeddings: int, num_bytes: float) -> tuple[int, ...]:
         learned = self.combine == "learned"
-        numbers = (num_bytes - (self.num_hashes + learned) * TABLE_BYTES) / NUMBER_BYTES
+        numbers = (num_bytes - (self.num_hashes + learned) * TABLE_BYTES) / self.dtype.itemsize
         if not learned:
             return (max(1, round(numbers / self.embedding_dim)),)
         weights = max(1, min(num_embeddings, round(numbers * self.importance / self.num_hashes)))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, Probe
+from embeddings.backend import TABLE_BYTES, Backend, Probe
 from embeddings.ops import IndexMap
 
 
@@ -50,4 +50,4 @@ class Hashed(Backend):
         return [Probe(0, self.embedding_dim)]
 
     def fit(self, num_embeddings: int, num_bytes: float) -> tuple[int, ...]:
-        return (max(1, round((num_bytes - TABLE_BYTES) / (NUMBER_BYTES * self.block))),)
+        return (max(1, round((num_bytes - TABLE_BYTES) / (self.dtype.itemsize * self.block))),)

@@ -12,7 +12,7 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     weights [S, Z]     the slab: S * Z numbers, in units of Z; of which every width is a multiple; bag: or [S]
     ids [N]            int32 or int64, feature-major, of the whole batch
     offsets            int64 [features * B + 1], or None when every bag has one id
-    per_sample_weights [N] of the weights' dtype, or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
+    per_sample_weights [N], or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
     tables [F * K, 9]  int64, one row per feature of the slab and probe; columns in `embeddings.index_map`
     columns            numbers of a row of the output: the features' vectors side by side, at their tables' columns;
                        of bag_into's out and of a gradient there may be others, of other slabs
@@ -20,6 +20,8 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     index_map, combine, pooling, accumulate: the numbers below;  features: the names, for errors,
     with reference.SEPARATOR between them
     first, second      the optimizer's state; rule and the numbers after it: `embeddings.rules`
+Sums are float32, or float64 of float64 weights. Gradients and per_sample_weights have the dtype of the weights or that
+of sums; bag's result and the weights' gradients have the weights', bag_into's out that of sums.
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
 On CUDA kernels skip such an id and note it: the next call on the same features raises, or raise_noted at once.
 """
@@ -139,7 +141,7 @@ def _(grad, weights, ids, *batch_and_how):
 
 @register_fake("embeddings::bag_backward_sample_weights")
 def _(grad, weights, ids, *batch_and_how):
-    return weights.new_empty(ids.shape[0])
+    return grad.new_empty(ids.shape[0])
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -46,6 +46,17 @@ class _Rows(Optimizer):
                 rows, grads = _touched_rows(param.grad) if param.grad.is_sparse else (None, param.grad)
                 step_rows(step, param, rows, grads.to(accumulator(param.dtype)), *states)
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but for the dtype of states, which torch makes that of the weights: they stay float32."""
+        super().load_state_dict(state_dict)
+        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param, states in zip(params, saved, strict=True):
+            for name, value in states.items():
+                if torch.is_tensor(value) and value.is_floating_point():
+                    self.state[param][name] = value.to(param.device, copy=True)
+
     @property
     def is_lazy(self) -> bool:
         """Whether a dense gradient also moves slots where it is zero, which rows and fused steps do not touch."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from embeddings import native
 from embeddings.ops import weights_gradient
+from embeddings.rules import accumulator
 
 
 class Launch(NamedTuple):
@@ -60,7 +61,7 @@ def pooled(
     batch_size: int,
     columns: int,
 ) -> Tensor:
-    """Pooled vectors [B, columns] of slabs whose tables say which columns are theirs; arguments as `embeddings.ops`.
+    """Pooled vectors [B, columns], float32 (float64 of float64 slabs), of slabs whose tables say which columns are theirs; arguments as `embeddings.ops`.
 
     Where a launch has an update, the backward pass calls it and the weights get no gradient."""
     native.ensure()
@@ -71,7 +72,7 @@ def pooled(
 
 def _look_up(launches, batch_size: int, columns: int, ids, offsets, per_sample_weights, *slabs) -> Tensor:
     """slabs: the launches' weights, then their tables."""
-    out = slabs[0].new_empty(batch_size, columns)
+    out = slabs[0].new_empty(batch_size, columns, dtype=accumulator(slabs[0].dtype))
     for i, launch in enumerate(launches):
         batch = (ids, offsets, per_sample_weights, slabs[len(launches) + i])
         torch.ops.embeddings.bag_into(out, slabs[i], *batch, *launch.layout, launch.features)

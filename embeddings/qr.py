@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, Probe
+from embeddings.backend import TABLE_BYTES, Backend, Probe
 from embeddings.ops import Combine, IndexMap
 
 OPERATIONS = {"add": Combine.ADD, "mult": Combine.MULTIPLY, "mul": Combine.MULTIPLY, "concat": Combine.CONCAT}
@@ -88,7 +88,7 @@ class QR(Backend):
         n = num_embeddings
         if self.collisions is not None:
             return (-(-n // self.collisions), self.collisions)
-        numbers = (num_bytes - self.partitions * TABLE_BYTES) / NUMBER_BYTES
+        numbers = (num_bytes - self.partitions * TABLE_BYTES) / self.dtype.itemsize
         first, rest = self.widths[0], sum(self.widths[1:])
         # m numbers of the first table and about (n / m)^(1 / others) of each other: fewest where the derivative is 0
         others = self.partitions - 1

@@ -63,8 +63,8 @@ def _check(
     _require(whole, "the number of bags must be a multiple of batch_size")
     if per_sample_weights is not None:
         _require(layout.pooling != MAX, "per_sample_weights: pooling must be sum or mean, not max")
-        fits = per_sample_weights.shape == ids.shape and per_sample_weights.dtype == weights.dtype
-        _require(fits, "per_sample_weights must be [N], of the weights' dtype")
+        fits = per_sample_weights.shape == ids.shape and _is_summable(per_sample_weights, weights)
+        _require(fits, "per_sample_weights must be [N], of the weights' dtype or that of their sums")
     _require(weights.dtype in DTYPES, "weights must be float32, float64, float16 or bfloat16")
     num_positions = num_bags // batch_size if batch_size else None
     _check_tables(tables, num_positions, columns, weights.shape, layout, features, shared)
@@ -118,8 +118,12 @@ def _name(features: str, f: int) -> str:
 
 
 def _check_grad(grad: Tensor, weights: Tensor) -> None:
-    right = grad.dim() == 2 and grad.dtype == weights.dtype
-    _require(right, "grad must be [B, columns], of the weights' dtype and on their device")
+    right = grad.dim() == 2 and _is_summable(grad, weights)
+    _require(right, "grad must be [B, columns], of the weights' dtype or that of their sums and on their device")
+
+
+def _is_summable(tensor: Tensor, weights: Tensor) -> bool:
+    return tensor.dtype in (weights.dtype, _accumulator(weights.dtype))
 
 
 # --- one batch, unrolled -------------------------------------------------------------------------------------------
@@ -286,17 +290,17 @@ def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, 
     layout = Layout(*layout)
     weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
     _check(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout, features, shared=False)
-    out = weights.new_empty(batch_size, columns)
+    out = weights.new_empty(batch_size, columns, dtype=_accumulator(weights.dtype))
     _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout, features)
-    return out
+    return out.to(weights.dtype)
 
 
 def bag_into(out, weights, ids, offsets, per_sample_weights, tables, *layout_features) -> None:
     """Writes the pooled vectors to their columns of out [B, columns]."""
     *layout, features = layout_features
     layout = Layout(*layout)
-    right = out.dim() == 2 and out.is_contiguous() and out.dtype == weights.dtype
-    _require(right, "out must be contiguous [B, columns], of the weights' dtype and on their device")
+    right = out.dim() == 2 and out.is_contiguous() and out.dtype == _accumulator(weights.dtype)
+    _require(right, "out must be contiguous [B, columns], of the dtype of the weights' sums and on their device")
     _check(weights, ids, offsets, per_sample_weights, tables, *out.shape, layout, features)
     _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout, features)
 
@@ -314,7 +318,7 @@ def _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout: 
             pooled = ordered_sum(vectors, batch.counts)
             if layout.pooling == MEAN:
                 pooled = pooled / batch.counts.clamp(min=1)[:, None]
-        pooled = pooled.to(weights.dtype).view(len(batch.columns), batch_size, vectors.shape[1])  # [F, B, L]
+        pooled = pooled.view(len(batch.columns), batch_size, vectors.shape[1])  # [F, B, L]
         out[:, batch.columns] = pooled.transpose(0, 1)
 
 
@@ -409,12 +413,12 @@ def bag_backward_sample_weights(grad, weights, ids, offsets, tables, *layout_fea
     _check_grad(grad, weights)
     batch_size, columns = grad.shape
     _check(weights, ids, offsets, None, tables, batch_size, columns, layout, features)
-    out = weights.new_zeros(ids.numel())
+    out = weights.new_zeros(ids.numel(), dtype=_accumulator(weights.dtype))
     for batch in unroll(weights, ids, offsets, tables, batch_size, layout, features):
         vectors = _combined(_vectors(weights, batch), layout.combine)
         bag_grads = grad[:, batch.columns].transpose(0, 1).flatten(0, 1).to(vectors.dtype)  # [F * B, L]
         products = vectors * bag_grads[batch.bags]
         if layout.pooling == MEAN:
             products = products / batch.counts[batch.bags].clamp(min=1)[:, None]
-        out.index_copy_(0, batch.where, _row_sums(products).to(weights.dtype))
-    return out
+        out.index_copy_(0, batch.where, _row_sums(products))
+    return out.to(grad.dtype)

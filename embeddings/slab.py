@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.arrangement import Arrangement, Lookup, seed_of
-from embeddings.backend import NUMBER_BYTES, TABLE_BYTES, Backend, spread
+from embeddings.backend import TABLE_BYTES, Backend, spread
 from embeddings.ops import Accumulate, Pooling
 from embeddings.pages import ask_for_huge_pages
 from embeddings.pooled import Launch
@@ -43,7 +43,7 @@ class Slab(nn.Module):
     """Vectors of tables that share a backend, but for embedding_dim.
 
     backends, rows: table -> its backend, and its num_embeddings. lookups: which feature reads which table; of one place
-    in the batch there may be one. weight: [S, Z]; tables: int64 [F * K, 9], see `Arrangement`. Raises ValueError if the
+    in the batch there may be one. dtype: of the weights, if not the backend's. weight: [S, Z]; tables: int64 [F * K, 9], see `Arrangement`. Raises ValueError if the
     backends differ or a ratio cannot be reached.
     """
 
@@ -55,7 +55,7 @@ class Slab(nn.Module):
         *,
         pooling: Pooling,
         seed: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Slab(nn.Module):
         self.arrangement = Arrangement(backends, rows, slots, lookups, pooling=pooling, seed=seed)
         self.backend = self.arrangement.backend
         self.slices, self.layout = self.arrangement.slices, self.arrangement.layout
-        weight = torch.empty(self.arrangement.shape, dtype=dtype, device=device)
+        weight = torch.empty(self.arrangement.shape, dtype=dtype or self.backend.dtype, device=device)
         self.weight = nn.Parameter(ask_for_huge_pages(weight))
         self.register_buffer("tables", torch.tensor(self.arrangement.tables, dtype=torch.int64, device=device))
         # None until `auto` has measured
@@ -183,7 +183,7 @@ class Slab(nn.Module):
         table = []
         for feature, weights in self.weights_kept().items():
             backend, n = self.backends[feature], self.rows[feature]
-            size = weights * NUMBER_BYTES + self.layout[1] * TABLE_BYTES + extra_bytes
+            size = weights * self.weight.element_size() + self.layout[1] * TABLE_BYTES + extra_bytes
             table.append(
                 {
                     "feature": feature,

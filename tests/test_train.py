@@ -191,13 +191,20 @@ def test_same_seed_same_result_other_seed_another(cli, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_resume_ends_where_one_run_would(cli, tmp_path):
-    assert cli("embedding=hashed", "compression=0.5", *SMALL, "hydra.run.dir=whole")[0] == 0
-    assert cli("embedding=hashed", "compression=0.5", *SMALL, "hydra.run.dir=half", "trainer.max_steps=4")[0] == 0
-    assert cli("embedding=hashed", "compression=0.5", *SMALL, "hydra.run.dir=rest", "resume=half")[0] == 0
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_ends_where_one_run_would(precision, cli, tmp_path):
+    asked = ("embedding=hashed", f"embedding.precision={precision}", "compression=0.5", *SMALL)
+    assert cli(*asked, "hydra.run.dir=whole")[0] == 0
+    assert cli(*asked, "hydra.run.dir=half", "trainer.max_steps=4")[0] == 0
+    assert cli(*asked, "hydra.run.dir=rest", "resume=half")[0] == 0
     whole, rest = summary_of(tmp_path / "whole"), summary_of(tmp_path / "rest")
     assert rest["steps"] == whole["steps"] == 8
     assert rest["last"]["test/log_loss"] == whole["last"]["test/log_loss"]
+
+
+def test_a_mean_of_16_bit_weights_is_refused(cli):
+    status, _, err = cli("embedding.precision=bf16", "trainer.average_from=0.5", *SMALL)
+    assert status == 2 and "trainer.average_from=0.5: the mean of bf16 weights (feature C1)" in err
 
 
 @pytest.fixture

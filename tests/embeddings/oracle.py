@@ -127,7 +127,8 @@ class Case(NamedTuple):
         """Into [B, before + columns + after] numbers that are -1 until then."""
         tables = self.tables.clone()
         tables[:, COLUMN] += before
-        out = self.weights.new_full((self.batch_size, before + self.columns + after), -1)
+        dtype = torch.promote_types(self.weights.dtype, torch.float32)
+        out = self.weights.new_full((self.batch_size, before + self.columns + after), -1, dtype=dtype)
         kernels.bag_into(out, *self[:4], tables, *self.how, pooling, self.features)
         return out
 

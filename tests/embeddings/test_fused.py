@@ -231,7 +231,7 @@ def test_the_compiled_update_equals_the_reference(native_kernels, name, rule, dt
     slab = make_bags([backend] * 3, ROWS).to(dtype).slabs[0]
     ids, offsets = make_batch(ROWS, batch_size=70)
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(70, slab.layout[0], generator=generator).to(dtype)
+    grad = torch.randn(70, slab.layout[0], generator=generator)
     results = []
     for kernels in (native_kernels, reference):
         weights = slab.weight.detach().clone()
