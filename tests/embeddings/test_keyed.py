@@ -446,6 +446,7 @@ def test_bags_of_each_backend_pool_the_vectors_that_its_table_gives_alone(yaml, 
         torch.testing.assert_close(out[name], wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.once
 @each_yaml
 def test_each_backend_learns_what_a_table_of_rows_learns(yaml):
     torch.manual_seed(0)
