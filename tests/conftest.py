@@ -57,6 +57,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # or duckdb says of each of its types that it leaks
+
+
 def uses_operators(module: ModuleType) -> bool:
     """Whether anything in a module is of embeddings, or of what can build them by name."""
     origins = (getattr(x, "__module__", None) or getattr(x, "__name__", "") for x in vars(module).values())

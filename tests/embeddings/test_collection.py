@@ -36,7 +36,7 @@ from embeddings.ops import Pooling
 ROWS = [50, 3000, 7, 400, 20]
 INTERLEAVED = [dense(), hashed(), dense(), hashed(0.5, 1), hashed()]
 EVERY = [from_yaml(path, compression=0.5, accumulate="sorted") for path in YAMLS]
-EXAMPLES = 12 if os.environ.get("EMBEDDINGS_NATIVE") != "off" else 4  # test_bag.py holds the reference to more
+EXAMPLES = 10 if os.environ.get("EMBEDDINGS_NATIVE") != "off" else 4  # test_bag.py holds the reference to more
 EVERY_ROWS = [300 + 100 * f for f in range(len(YAMLS))]
 
 

@@ -10,7 +10,7 @@ import inspect
 import io
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -125,9 +125,23 @@ SINGLES = {
 }
 DENSE = ("ScaledEmbeddingBag", "ScaledEmbedding", "ZeroEmbedding", "FastEmbedding")  # a row for every id
 ALL = {**BAGS, **SINGLES, "FastMultiEmbedding": Kind(partial(FastMultiEmbedding, [N, N], [2, 4]), None)}
-each_bag = pytest.mark.parametrize("name", BAGS)
-each_single = pytest.mark.parametrize("name", SINGLES)
-each_module = pytest.mark.parametrize("name", ALL)
+# what only an option of the operator tells from its neighbour: test_bag.py holds the reference to every such option
+LIKE_ANOTHER = {
+    "HashedEmbeddingBag-affine",
+    "QREmbeddingBag-add",
+    "QREmbeddingBag-legacy-add",
+    "HashedEmbedding-blocks",
+}
+LIKE_ANOTHER |= {"ZeroEmbedding", "BloomEmbedding-murmur3", "MultiHashEmbedding", "MultiHashEmbedding-concat"}
+once = pytest.mark.once
+
+
+def each(names: Iterable[str], seldom: set[str] = LIKE_ANOTHER) -> pytest.MarkDecorator:
+    """Runs a test for these modules, with the reference kernels only for those that are not in `seldom`."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[once] * (n in seldom)) for n in names])
+
+
+each_bag, each_single, each_module = each(BAGS), each(SINGLES), each(ALL)
 
 
 def padded(name: str) -> dict:
@@ -208,7 +222,6 @@ INPUTS = {
     "no ids, in rows": IDS[:0].view(2, 0),
     "three dimensions": IDS.view(2, 3, 2),
 }
-once = pytest.mark.once
 each_mode = pytest.mark.parametrize("mode", [pytest.param("sum", marks=once), "weighted sum", "mean", "max"])
 INTEGERS = (torch.int64, torch.int32)
 
@@ -576,8 +589,8 @@ def test_a_batch_is_left_as_it_is(name):
 # one of each class, and what does more than its class's first
 CLASSES = [name for name in ALL if "-" not in name] + ["QREmbeddingBag-legacy", "BloomEmbedding-mean"]
 # of those that trace the same operators, one with the reference kernels too
-TWICE = ("ScaledEmbeddingBag", "HashedEmbedding", "QREmbeddingBag-legacy", "BloomEmbedding-mean", "FastMultiEmbedding")
-each_class = pytest.mark.parametrize("name", [pytest.param(n, marks=[once] * (n not in TWICE)) for n in CLASSES])
+TWICE = {"ScaledEmbeddingBag", "HashedEmbedding", "QREmbeddingBag-legacy", "BloomEmbedding-mean", "FastMultiEmbedding"}
+each_class = each(CLASSES, seldom=set(CLASSES) - TWICE)
 
 
 def traced(name: str) -> tuple[nn.Module, Callable[[int], tuple]]:
