@@ -34,10 +34,12 @@ setup: $(VENV)/.dev  ## make .venv and install the pinned requirements
 train: $(VENV)/.train  ## train: make train ARGS="embedding=hashed compression=0.1"
 	$(BIN)/python train.py $(ARGS)
 
-# the second pass leaves out what the choice of kernels cannot change: what is marked once, also by tests/conftest.py
+# the second pass leaves out what the choice of kernels cannot change: what is marked once, also by tests/conftest.py;
+# bytecode is kept for it, as pytest takes seconds to rewrite all assertions; threads that wait leave the cores alone
+PYTEST2 = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(VENV)/.dev  ## the whole test suite, with the compiled kernels and then with the reference ones
-	EMBEDDINGS_NATIVE=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "$(SLOW)" tests
-	EMBEDDINGS_NATIVE=off OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "($(SLOW)) and not once" tests
+	EMBEDDINGS_NATIVE=require $(PYTEST2) -m "$(SLOW)" tests
+	EMBEDDINGS_NATIVE=off $(PYTEST2) -m "($(SLOW)) and not once" tests
 
 test-slow: $(VENV)/.dev  ## the tests that take more than ten seconds each
 	$(MAKE) test SLOW=slow

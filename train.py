@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlrm import checkpoint, expected, jobs, linear
 from dlrm.log import RunLog
-from dlrm.memory import Needs, format_bytes, needs, reset_peak, keep_heap
+from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
 from dlrm.run_folder import config_hash, git_commit, make_run_folder
 from dlrm.settings import TrainerSettings

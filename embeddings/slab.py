@@ -43,8 +43,9 @@ class Slab(nn.Module):
     """Vectors of tables that share a backend, but for embedding_dim.
 
     backends, rows: table -> its backend, and its num_embeddings. lookups: which feature reads which table; of one place
-    in the batch there may be one. dtype: of the weights, if not the backend's. weight: [S, Z]; tables: int64 [F * K, 9], see `Arrangement`. Raises ValueError if the
-    backends differ or a ratio cannot be reached.
+    in the batch there may be one. dtype: of the weights, if not the backend's.
+    weight: [S, Z]; tables: int64 [F * K, 9], see `Arrangement`. Raises ValueError if the backends differ or a ratio
+    cannot be reached.
     """
 
     def __init__(

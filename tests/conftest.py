@@ -1,10 +1,11 @@
 """Which kernels and devices the operator tests run on.
 
 EMBEDDINGS_NATIVE=auto|require|off says how a process gets its kernels (`embeddings.native`); `make test` runs the suite
-with require and, less what is marked once, with off. The reference half of an operator test calls
-`embeddings.reference` directly, in both.
+with require and, less what is marked once, with off. An operator test is handed its kernels and calls them directly,
+also the reference, whatever that variable says: once, too.
 """
 
+import gc
 import os
 from types import ModuleType
 
@@ -42,10 +43,22 @@ def device(request) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Marks as once the tests of data/ and dlrm/, which are handed their embeddings, but for files that import them."""
+    """Marks as once the tests that are handed their kernels, and those of data/ and dlrm/, which are handed their
+    embeddings, but for files that import them."""
     for item in items:
-        if item.path.parent.name in ("data", "dlrm") and not uses_operators(item.module):
+        is_apart = item.path.parent.name in ("data", "dlrm") and not uses_operators(item.module)
+        if is_apart or {"kernels", "native_kernels"} & set(item.fixturenames):
             item.add_marker(pytest.mark.once)
+
+
+def pytest_collection_finish():
+    """Takes modules and tests, all to stay, out of what the collector walks: each train.py in here calls it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or duckdb says of each of its types that it leaks
 
 
 def uses_operators(module: ModuleType) -> bool:

@@ -36,6 +36,7 @@ def test_the_readme_has_the_tables_of_the_recorded_results():
     assert table.rewritten(text, measure.RESULTS) == text, "python -m benchmarks.table"
 
 
+@once
 def test_a_lookup_is_compared_with_every_peer_and_made_a_table(recorded, tmp_path, monkeypatch):
     monkeypatch.setitem(lookup.TABLES, "two", [4000, 3])
     shape = ["--tables", "two", "--dims", "16", "--bags", "2", "--batches", "3", "--laws", "zipf"]
@@ -52,6 +53,7 @@ def test_a_lookup_is_compared_with_every_peer_and_made_a_table(recorded, tmp_pat
     assert "| two | sgd | 1 |" in table.text_of("lookup", tmp_path)
 
 
+@once
 def test_growth_has_every_axis_and_no_dense_table_of_a_billion_rows(recorded):
     found = recorded(growth, "--rows", "100,1000000000", "--batches", "2", "--tables", "3")
     names = {(row["axis"], row["value"]): set() for row in found["rows"]}
@@ -62,6 +64,7 @@ def test_growth_has_every_axis_and_no_dense_table_of_a_billion_rows(recorded):
     assert names["rows", 100] >= {"dense", "hashed", "bloom"}
 
 
+@once
 def test_grids_compare_equal_work(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(grids, "HASHED", {"max": 16, "single": 16})
     sizes = ["--rows", "10", "--dims", "8", "--batches", "4", "--mixes", "10XS", "--multi-ids", "all uniform"]

@@ -1,12 +1,15 @@
 """benchmarks/bloom_ranking.py: its ranks against scipy's, its two ways to score, and that it learns what is planted."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import rankdata
 
 from benchmarks import bloom_ranking
 from benchmarks.bloom_ranking import Factorisation, bloom, evaluate, read, split, train
 from embeddings import ScaledEmbedding
+
+pytestmark = pytest.mark.once
 
 
 def test_reciprocal_ranks_are_scipys_with_ties_and_without_known_films():

@@ -12,6 +12,7 @@ from dlrm import memory
 from dlrm.average import WeightAverage
 from embeddings.slab import apportion
 
+pytestmark = pytest.mark.once
 CONF = Path(__file__).parents[1] / "conf"
 OPTIMIZERS = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "optimizer/embedding").glob("*.yaml")}
 BACKENDS = {

@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -94,29 +95,39 @@ def test_the_split_of_the_published_file():
     assert counts == {"train": 39_291_957, "valid": 3_274_330, "test": 3_274_330}
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "reason"),
-    [
-        (0, "2", "label: the label must be 0 or 1"),
-        (3, "1.2.3", "I3: cast"),
-        (13, "nan", "I13: must be finite"),
-        (14, "68fd1e6", "C1: must be 8 hex digits"),
-        (20, "68fd1e64a", "C7: must be 8 hex digits"),
-        (39, "68fd1e6g", "C26: must be 8 hex digits"),
-        (39, "68fd_e64", "C26: must be 8 hex digits"),
-        (39, "-8fd1e64", "C26: must be 8 hex digits"),
-        (39, "68fd1e6 ", "C26: must be 8 hex digits"),
-    ],
-)
+BAD_FIELDS = [
+    (0, "2", "label: the label must be 0 or 1"),
+    (3, "1.2.3", "I3: cast"),
+    (13, "nan", "I13: must be finite"),
+    (14, "68fd1e6", "C1: must be 8 hex digits"),
+    (20, "68fd1e64a", "C7: must be 8 hex digits"),
+    (39, "68fd1e6g", "C26: must be 8 hex digits"),
+    (39, "68fd_e64", "C26: must be 8 hex digits"),
+    (39, "-8fd1e64", "C26: must be 8 hex digits"),
+    (39, "68fd1e6 ", "C26: must be 8 hex digits"),
+]
+
+
+@pytest.mark.parametrize(("column", "value", "reason"), BAD_FIELDS)
 def test_a_bad_field_is_named(criteo, column, value, reason):
     lines = random_lines(30)
     lines[17][column] = value
     with pytest.raises(ValueError, match=rf"train\.txt:18:{reason}"):
         criteo(lines)
+
+
+def test_lines_of_bad_fields_are_kept(criteo):
+    lines = random_lines(30)
+    for i, (column, value, _) in enumerate(BAD_FIELDS):
+        lines[3 * i][column] = value
     dataset = criteo(lines, on_error="quarantine")
-    assert dataset.num_rejected == 1 and sum(dataset.num_samples.values()) == 29
-    kept = (dataset.folder / "quarantine.tsv").read_text().splitlines()[1].split("\t")
-    assert kept[1] == "18" and kept[4] == "\\t".join(lines[17])
+    assert dataset.num_rejected == len(BAD_FIELDS) and sum(dataset.num_samples.values()) == 30 - len(BAD_FIELDS)
+    kept = [line.split("\t") for line in (dataset.folder / "quarantine.tsv").read_text().splitlines()[1:]]
+    assert [(int(row[1]), row[4]) for row in kept] == [
+        (3 * i + 1, "\\t".join(lines[3 * i])) for i in range(len(BAD_FIELDS))
+    ]
+    for row, (_, _, reason) in zip(kept, BAD_FIELDS, strict=True):
+        assert re.match(reason, f"{row[2]}: {row[3]}"), row
 
 
 def test_a_row_of_30_columns_is_not_taken(criteo):

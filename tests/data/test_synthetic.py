@@ -16,7 +16,7 @@ CRITEO_KAGGLE = [1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 56
 CRITEO_KAGGLE += [27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572]
 
 
-def make(**changes):
+def make(*, is_prepared=True, **changes):
     options = {
         "cardinalities": [1000, 3, 50000, 10],
         "num_samples": {"train": 5000, "valid": 1000, "test": 2000},
@@ -30,13 +30,19 @@ def make(**changes):
         "signal": SIGNAL,
     }
     dataset = Synthetic(**(options | changes))
-    dataset.prepare(set())
+    if is_prepared:
+        dataset.prepare(set())
     return dataset
 
 
 @functools.cache
 def default():
     return make()
+
+
+@functools.cache
+def whole_epoch(epoch):
+    return joined(default().batches("train", 512, epoch=epoch))
 
 
 def joined(batches):
@@ -58,8 +64,7 @@ def test_samples_do_not_depend_on_the_batch_size():
 @given(start=st.integers(0, 5000), epoch=st.integers(0, 3), batch_size=st.integers(1, 999))
 @settings(max_examples=20, deadline=None)
 def test_start_skips_exactly_that_many_samples(start, epoch, batch_size):
-    dataset = default()
-    whole = joined(dataset.batches("train", 512, epoch=epoch))
+    dataset, whole = default(), whole_epoch(epoch)
     if start == 5000:
         assert list(dataset.batches("train", batch_size, epoch=epoch, start=start)) == []
     else:
@@ -172,7 +177,7 @@ def test_fingerprint_follows_every_option():
     changes += [{"min_count": 9}]
     changes += [{"num_dense": 4}, {"signal": SIGNAL | {"pairs": 0}}]
     changes += [{"num_samples": {"train": 1, "valid": 0, "test": 1}}]
-    assert len({make(**c).fingerprint for c in changes} | {make().fingerprint}) == len(changes) + 1
+    assert len({make(**c, is_prepared=False).fingerprint for c in [{}, *changes]}) == len(changes) + 1
 
 
 @pytest.mark.parametrize(

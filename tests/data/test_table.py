@@ -20,6 +20,7 @@ from data import table as table_module
 from data.prepared import Writer
 from data.table import Table
 
+pytestmark = pytest.mark.once  # hydra only makes its readers
 CONF = Path(table_module.__file__).parents[1] / "conf"
 
 ROWS = "y,d,c,m,t\n1,0.5,a,x|y,3\n0,,b,,1\n1,2,,y,2\n0,-1,a,z|x,9\n1,3,q,w,8\n0,4,b,x|w,9\n"

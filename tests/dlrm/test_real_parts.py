@@ -18,7 +18,7 @@ OVERRIDES = [
     "embedding=hashed",
     "compression=0.1",
     "data.cardinalities=[5000,7,300]",
-    "data.num_samples={train: 4000, valid: 500, test: 3000}",
+    "data.num_samples={train: 2400, valid: 500, test: 3000}",
 ]
 
 
@@ -43,15 +43,21 @@ def make_trainer(folder, optimizer, max_steps):
     )
 
 
-@pytest.mark.parametrize("optimizer", sorted(path.stem for path in (CONF / "optimizer/embedding").glob("*.yaml")))
+OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer/embedding").glob("*.yaml"))
+
+
+# the optimizers are torch's operations, the same after whichever kernels
+@pytest.mark.parametrize(
+    "optimizer", [OPTIMIZERS[0], *(pytest.param(x, marks=pytest.mark.once) for x in OPTIMIZERS[1:])]
+)
 def test_resume_is_bitwise_and_the_model_learns(tmp_path, optimizer):
     whole = make_trainer(tmp_path / "whole", optimizer, None)
     summary = whole.train()
-    first = make_trainer(tmp_path / "first", optimizer, 47)
+    first = make_trainer(tmp_path / "first", optimizer, 29)
     first.train()
     second = make_trainer(tmp_path / "second", optimizer, None)
     second.resume(tmp_path / "first")
-    assert second.train()["steps"] == summary["steps"] == 125
+    assert second.train()["steps"] == summary["steps"] == 75
     assert summary["last"]["test/auc"] == second.log.last["test/auc"] > 0.6
     for (name, a), b in zip(whole.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

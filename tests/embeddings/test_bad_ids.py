@@ -460,6 +460,7 @@ def fuzz_once(rng: random.Random) -> str:
     return "fine" if same else f"{name}: results differ for tables {case.tables.tolist()}"
 
 
+@pytest.mark.once
 def test_3000_hostile_calls_end_alike_in_both_kernels_and_do_not_kill_the_process(request):
     code = FUZZ.format(paths=[str(request.config.rootpath), str(request.path.parent)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -1,6 +1,7 @@
 """The collection: grouping changes nothing, every feature keeps to itself, and bytes are what they are said to be."""
 
 import gc
+import os
 import sys
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 
@@ -35,6 +36,7 @@ from embeddings.ops import Pooling
 ROWS = [50, 3000, 7, 400, 20]
 INTERLEAVED = [dense(), hashed(), dense(), hashed(0.5, 1), hashed()]
 EVERY = [from_yaml(path, compression=0.5, accumulate="sorted") for path in YAMLS]
+EXAMPLES = 10 if os.environ.get("EMBEDDINGS_NATIVE") != "off" else 4  # test_bag.py holds the reference to more
 EVERY_ROWS = [300 + 100 * f for f in range(len(YAMLS))]
 
 
@@ -144,6 +146,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(backends, rows):
         assert key == "_where" or not value.equal(other.state_dict()[key])
 
 
+@pytest.mark.once
 @each_choice
 def test_features_of_the_same_size_do_not_share_weights_or_hashes(yaml, changes):
     bags = make_bags([from_yaml(yaml, compression=0.5, **changes)] * 2, [1000] * 2)
@@ -154,6 +157,7 @@ def test_features_of_the_same_size_do_not_share_weights_or_hashes(yaml, changes)
         assert not set(tables[0, :, 8].tolist()) & set(tables[1, :, 8].tolist())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [[100, 333, 777, 1501], [1000] * 4, [501, 502, 503, 50_000]])
 @pytest.mark.parametrize("swapped", [0, 3])
 @pytest.mark.parametrize("name", ["hashed", "bloom", "qr"])
@@ -167,6 +171,7 @@ def test_swapping_one_features_backend_leaves_the_other_vectors_unchanged(rows, 
         assert_same_bits(vectors(after, f, ids), vectors(before, f, ids))
 
 
+@pytest.mark.once
 @each_choice
 def test_a_vectors_variance_is_the_same_under_every_backend(yaml, changes):
     n, features = 20_000, 30
@@ -203,6 +208,7 @@ def reachable(root: object) -> list[object]:
     return list(seen.values())
 
 
+@pytest.mark.once
 @each_choice
 @pytest.mark.parametrize("accumulate", ["sorted", "auto"])
 def test_memory_held_is_memory_reported(yaml, changes, accumulate):
@@ -238,6 +244,7 @@ def test_bytes_are_those_of_the_tensors_and_of_the_checkpoint(backends):
     assert_bytes_agree(make_bags(backends, rows), rows)
 
 
+@pytest.mark.once
 @each_choice
 def test_bytes_of_each_backend_are_those_of_its_tensors(yaml, changes):
     rows = [500, 3000, 700]
@@ -406,7 +413,9 @@ def finished(slab: Slab, pooled: torch.Tensor) -> torch.Tensor:
 
 @each_choice
 def test_any_batch_of_each_backend_equals_the_oracle(yaml, changes):
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(slabs_and_batches(yaml, changes))
     def check(drawn):
         slab, (ids, offsets, weights, samples), is_strided = drawn

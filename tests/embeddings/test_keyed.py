@@ -446,6 +446,7 @@ def test_bags_of_each_backend_pool_the_vectors_that_its_table_gives_alone(yaml, 
         torch.testing.assert_close(out[name], wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.once
 @each_yaml
 def test_each_backend_learns_what_a_table_of_rows_learns(yaml):
     torch.manual_seed(0)
@@ -1005,7 +1006,11 @@ class Scorer(nn.Module):
         return self.embeddings(features).values().tanh()
 
 
-@pytest.mark.parametrize("bags, weighted", [(BATCH, True), (ORDERED, False)], ids=["permuted, weighted", "in order"])
+@pytest.mark.parametrize(
+    "bags, weighted",
+    [(BATCH, True), pytest.param(ORDERED, False, marks=pytest.mark.once)],
+    ids=["permuted, weighted", "in order"],
+)
 def test_compiles_without_breaks_to_the_same_vectors_and_gradients(bags, weighted):
     torch._dynamo.reset()
     model, twin = (Scorer(mixed(is_weighted=weighted)) for _ in range(2))
