@@ -63,7 +63,8 @@ def pooled(
 ) -> Tensor:
     """Pooled vectors [B, columns] of slabs whose tables say which columns are theirs, in the dtype of their sums.
 
-    Arguments as `embeddings.ops`. Where a launch has an update, the backward pass calls it and the weights get no gradient."""
+    Arguments as `embeddings.ops`. Where a launch has an update, the backward pass calls it and the weights get no
+    gradient."""
     native.ensure()
     # without gradients a step of autograd would only cost its bookkeeping, which small batches feel
     run = _Pooled.apply if torch.is_grad_enabled() else _look_up
