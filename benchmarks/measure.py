@@ -21,7 +21,14 @@ from dlrm.run_folder import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP, LEAST = 2, 5  # rounds that are not counted; counted ones that a budget cannot take away
-ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
+ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "GLIBC_TUNABLES",
+    "THP_MEM_ALLOC_ENABLE",
+    "LD_PRELOAD",
+)
 
 
 def interleave(
