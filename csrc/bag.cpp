@@ -130,8 +130,9 @@ void write_bags(const Call& call, int64_t f, const Found& found, typename Accumu
 template <typename weight_t, typename Map>
 void forward_rows(const Call& call, const Map& map, typename Accumulator<weight_t>::type* out) {
   const int64_t B = call.at.batch_size, size = 1024, tasks = (B + size - 1) / size;  // bags of a task
+  const int64_t work = call.at.num_ids * call.chunks * call.unit / 8;  // a row that is only read is soon done
   FirstError error;
-  for_each_task(call.at.num_features * tasks, call.at.num_ids * call.chunks * call.unit, [&](int64_t task) {
+  for_each_task(call.at.num_features * tasks, work, [&](int64_t task) {
     const int64_t f = task / tasks, last = std::min((task % tasks + 1) * size, B);
     Found found;
     with_width(call.at.table(f, 0).width, [&](auto width) {

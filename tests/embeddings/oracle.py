@@ -142,6 +142,12 @@ class Case(NamedTuple):
         slab = (self.weights, self.ids, self.offsets, self.tables, *self.how)
         return kernels.bag_backward_sample_weights(grad, *slab, pooling, self.features)
 
+    def update(self, kernels, grad: Tensor, pooling: int) -> Tensor:
+        """The weights after a step of SGD."""
+        weights, numbers = self.weights.clone(), (0, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0)
+        kernels.bag_update(grad, weights, None, None, *self[1:5], *self.how, pooling, *numbers, self.features)
+        return weights
+
     @property
     def num_features(self) -> int:
         return len(self.tables) // self.probes

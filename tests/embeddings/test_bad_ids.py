@@ -30,7 +30,7 @@ from oracle import (
 
 from embeddings import EmbeddingBags, native, reference
 
-CALLS = ["forward", "backward", "backward_rows", "backward_sample_weights"]
+CALLS = ["forward", "backward", "backward_rows", "update", "backward_sample_weights"]
 RANGED = {
     "dense": dict(),
     "qr mult": dict(combine=MULTIPLY, probes=2),
@@ -340,7 +340,7 @@ def test_slices_that_are_shared_or_apart_fit(kernels, name, combine):
         call(case._replace(chunks=case.chunks + 3), kernels, name)  # an upper bound may be generous
 
 
-@pytest.mark.parametrize("name", CALLS[:3])
+@pytest.mark.parametrize("name", CALLS[:4])
 @pytest.mark.parametrize("what", with_sample_weights(small_case()))
 def test_sample_weights_of_wrong_type_or_length_are_refused(kernels, name, what):
     assert "per_sample_weights" in message(with_sample_weights(small_case())[what], kernels, name)
