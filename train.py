@@ -211,6 +211,8 @@ def train(config: dict, folder: Path) -> dict:
             print("memory/peak_bytes is since the process began: this system cannot restart it")
         dataset = build("data", config["data"])
         backends = Backends(config, dataset.feature_names)
+        if settings.average_from is not None:
+            backends.refuse_16_bits(f"trainer.average_from={settings.average_from}: the mean would be rounded away")
         make_dense, make_embedding = optimizers(config["optimizer"])
         make_model = build("model", config["model"])
         make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
@@ -225,12 +227,6 @@ def train(config: dict, folder: Path) -> dict:
             raise ConfigError("hydra.sweeper: a search is judged on the validation split, and this data has none")
         how = {"pooling": config["pooling"], "seed": config["seed"]}
         averages = settings.average_from is not None
-        rounded = [feature for feature, backend in chosen.items() if backend.precision != "fp32"]
-        if averages and rounded:
-            raise ConfigError(
-                f"trainer.average_from={settings.average_from}: the mean of {chosen[rounded[0]].precision} weights "
-                f"(feature {rounded[0]}) would be rounded away; it needs precision=fp32"
-            )
         planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
         planned_optimizer = make_embedding(planned.parameters())
         fused = fuses(config, planned, planned_optimizer)
@@ -287,6 +283,13 @@ class Backends:
             name, ratio = self.default.name, config["compression"]
             print(f"embedding={name}: its rows are given, so compression={ratio:g} does not apply to it")
 
+    def refuse_16_bits(self, why: str) -> None:
+        """Raises ConfigError, naming the key, where a backend keeps weights in 16 bits."""
+        nodes = {"embedding": self.default} | {f"features.{name}": own for name, own in self.named.items()}
+        for key, own in nodes.items():
+            if own.precision != "fp32":
+                raise ConfigError(f"{why} with {key}.precision={own.precision}; it needs fp32")
+
     def stand_in(self, feature_names: list[str], config: dict) -> EmbeddingBags:
         """Embeddings of one row per feature, for the model's constructor to judge its own configuration by."""
         tiny = {feature: self.dense for feature in feature_names}
@@ -333,7 +336,12 @@ def fuses(config: dict, bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -
     choice, exact = config["optimizer"]["fused"], bags.fuses_exactly(optimizer)
     if choice is True and not exact:
         print("optimizer.fused=true: only touched slots move, also where accumulate asks for a dense gradient")
-    return exact and config["device"] == "cpu" if choice == "auto" else choice
+    rounded = sorted({slab.backend.precision for slab in bags.slabs} - {"fp32"})
+    # on CUDA the fused step is plain torch so far, but gradients of 16-bit weights would be rounded to 16 bits
+    fused = exact and (config["device"] == "cpu" or bool(rounded)) if choice == "auto" else choice
+    if rounded and not fused:
+        print(f"optimizer.fused={choice}: gradients of {', '.join(rounded)} weights are rounded to 16 bits")
+    return fused
 
 
 def check_root(config: dict) -> None:
@@ -409,9 +417,15 @@ def identity(config: dict) -> dict:
     data = {
         key: value for key, value in config["data"].items() if key not in ("path", "cache", "memory_limit", "on_error")
     }
-    same = ("model", "embedding", "features", "compression", "dense_below", "pooling", "seed")
+    same = ("model", "compression", "dense_below", "pooling", "seed")
     trainer = {key: config["trainer"][key] for key in ("batch_size", "average_from")}
-    return {key: config[key] for key in same} | {"data": data} | trainer
+    # precision is younger than the first checkpoints, which are fp32
+    embedding, *features = (
+        {key: value for key, value in node.items() if (key, value) != ("precision", "fp32")}
+        for node in (config["embedding"], *config["features"].values())
+    )
+    named = {"embedding": embedding, "features": dict(zip(config["features"], features, strict=True))}
+    return {key: config[key] for key in same} | named | {"data": data} | trainer
 
 
 def hparams(config: dict) -> dict:

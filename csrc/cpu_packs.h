@@ -7,16 +7,16 @@
 namespace embeddings {
 
 #ifdef __AVX512F__
-constexpr int64_t kBytes = 64;
+constexpr int64_t kPackBytes = 64;
 #else
-constexpr int64_t kBytes = 32;
+constexpr int64_t kPackBytes = 32;
 #endif
 template <typename real>
-constexpr int64_t kLanes = kBytes / sizeof(real);
+constexpr int64_t kLanes = kPackBytes / sizeof(real);
 template <typename real>
 struct PackOf {
-  typedef real type __attribute__((vector_size(kBytes)));
-  typedef real anywhere __attribute__((vector_size(kBytes), aligned(sizeof(real)), may_alias));
+  typedef real type __attribute__((vector_size(kPackBytes)));
+  typedef real anywhere __attribute__((vector_size(kPackBytes), aligned(sizeof(real)), may_alias));
 };
 template <typename real>
 using Pack = typename PackOf<real>::type;

@@ -44,15 +44,8 @@ struct Numbers {
       for (int i = 0; i < kVectors; ++i) at[i] = reinterpret_cast<const vector*>(numbers)[i];
     }
   }
-  template <typename weight_t>
-  HOST_DEVICE void store(weight_t* to) const {
-    if constexpr (std::is_same_v<weight_t, real>) {
-      for (int i = 0; i < kVectors; ++i) reinterpret_cast<vector*>(to)[i] = at[i];
-    } else {
-      real numbers[kWidth];
-      for (int i = 0; i < kVectors; ++i) reinterpret_cast<vector*>(numbers)[i] = at[i];
-      for (int i = 0; i < kWidth; ++i) to[i] = static_cast<weight_t>(numbers[i]);
-    }
+  HOST_DEVICE void store(real* to) const {
+    for (int i = 0; i < kVectors; ++i) reinterpret_cast<vector*>(to)[i] = at[i];
   }
   HOST_DEVICE void add(const Numbers& other) {
     for (int i = 0; i < kVectors; ++i) at[i] += other.at[i];

@@ -61,7 +61,7 @@ struct Workspace {
         vectors(stride),
         memory((num_vectors + 1 + stride) * width + pairs_before(stride) + 4 * kLanes<real>) {
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    transposed = memory.data() + (kBytes - address % kBytes) % kBytes / sizeof(real);
+    transposed = memory.data() + (kPackBytes - address % kPackBytes) % kPackBytes / sizeof(real);
     copies = transposed + width * stride;
     std::fill(vectors.begin() + num_vectors, vectors.end(), copies + num_vectors * width);
     pairs = copies + (num_vectors + 1) * width;

@@ -8,8 +8,8 @@
 namespace embeddings {
 namespace {
 
-constexpr int64_t n = kLanes<float>;
-constexpr int64_t kBlock = 32;  // rows of a task: of a transposed row whole lines of the cache
+constexpr int64_t kSide = kLanes<float>;  // of a square of numbers that registers hold
+constexpr int64_t kBlock = 32;            // rows of a task: of a transposed row whole lines of the cache
 
 struct Gradient {
   const float *grad, *out;     // [rows, columns]
@@ -27,12 +27,12 @@ struct Gradient {
     }
   }
 
-  // The same of n rows and n columns.
+  // The same of kSide rows and kSide columns.
   void square(int64_t first, int64_t c, float* sums) const {
-    Pack<float> packs[n], sum;
+    Pack<float> packs[kSide], sum;
     load(sums + c, sum);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < kSide; ++i) {
       Pack<float> values;
       load(out + (first + i) * columns + c, values);
       load(grad + (first + i) * columns + c, packs[i]);
@@ -43,13 +43,13 @@ struct Gradient {
     store<float>(sums + c, sum);
     transpose<float>(packs);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < n; ++i) store<float>(transposed + (c + i) * rows + first, packs[i]);
+    for (int64_t i = 0; i < kSide; ++i) store<float>(transposed + (c + i) * rows + first, packs[i]);
   }
 
   void block(int64_t begin, int64_t end, float* sums) const {
-    for (int64_t first = begin; first < end; first += n) {
-      const int64_t last = std::min(first + n, end), whole = last - first == n ? columns / n * n : 0;
-      for (int64_t c = 0; c < whole; c += n) square(first, c, sums);
+    for (int64_t first = begin; first < end; first += kSide) {
+      const int64_t last = std::min(first + kSide, end), whole = last - first == kSide ? columns / kSide * kSide : 0;
+      for (int64_t c = 0; c < whole; c += kSide) square(first, c, sums);
       some(first, last, whole, columns, sums);
     }
   }

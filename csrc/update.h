@@ -67,7 +67,7 @@ inline void check_state(const Tensor& weights, const std::optional<Tensor>& firs
   require(weights.is_contiguous(), "weights must be contiguous to be updated");
   const int64_t units = weights.size(0), numbers = weights.numel();
   const int64_t sizes[2] = {rule == kSgd ? 0 : rule == kRowWiseAdagrad ? units : numbers, rule == kAdam ? numbers : 0};
-  const ScalarType dtype = weights.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = sums_of(weights.scalar_type());
   const std::optional<Tensor>* states[2] = {&first, &second};
   for (int i = 0; i < 2; ++i) {
     const std::optional<Tensor>& state = *states[i];

@@ -21,12 +21,13 @@ def keep_heap() -> None:
 
     By default a step's tensors are mapped and given back again and again: 1,000 to 5,000 page faults in a step of the
     Criteo Kaggle model at batch 2048, 5 to 15 % of its time, for the same peak (2 CPU cores, Zen 4).
+    A heap per thread has holes where another thread frees what one made.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # the most that it takes: larger blocks are mapped one by one
-        mallopt(M_TRIM_THRESHOLD, 1024 * MIB)
+        mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # the most that older versions take: larger blocks are mapped one by one
+        mallopt(M_TRIM_THRESHOLD, 1024 * MIB)  # more than a step frees at the heap's end
 
 
 def reset_peak(device: torch.device | str) -> bool:

@@ -47,7 +47,7 @@ class Backend:
         "fair"  # of the weights: fair (a vector's variance is the same under every backend) | upstream (as its authors)
     )
 
-    precision: str = "fp32"  # of the weights: fp32 | bf16 | fp16; sums, gradients and states of optimizers are float32
+    precision: str = "fp32"  # of the weights: fp32 | bf16 | fp16; sums and states of optimizers are float32
 
     combine_kind: ClassVar[Combine] = Combine.ADD
 
@@ -179,9 +179,13 @@ def spread(backends: dict[str, Backend], rows: dict[str, int]) -> dict[str, tupl
         middle = (low + high) / 2
         slots = share(middle)
         low, high = (middle, high) if reached(slots) < first.compression else (low, middle)
+    if reached(share(1.0)) < first.compression * 0.99:  # 16-bit numbers are half of float32's bytes
+        why = f"the largest it can is {reached(share(1.0)):.4g}"
+    else:
+        why = f"the smallest it can is {reached(share(0)):.4g}"
     names = ", ".join(list(rows)[:5]) + (", ..." if len(rows) > 5 else "")
     raise ValueError(
         f"compression={first.compression:g}: embedding={first.name} cannot reach it for {names}; "
-        f"the smallest it can is {reached(share(0)):.4g}, the nearest {reached(nearest):.4g} "
+        f"{why}, the nearest {reached(nearest):.4g} "
         f"(slots of {', '.join(map(str, first.widths))} numbers; a larger dense_below keeps small features out)"
     )

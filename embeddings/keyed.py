@@ -6,7 +6,7 @@ KeyedJaggedTensor, configs and enums are accepted wherever ours are.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import reduce
 
@@ -19,6 +19,7 @@ from embeddings.dense import Dense
 from embeddings.drop_in import draw_seed
 from embeddings.jagged import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from embeddings.ops import Pooling
+from embeddings.rules import accumulator
 from embeddings.slab import Slab, backends_of, weights_of
 
 
@@ -36,9 +37,6 @@ class PoolingType(Enum):
     SUM = "SUM"
     MEAN = "MEAN"
     MAX = "MAX"
-
-
-DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
 
 
 @dataclass
@@ -115,24 +113,29 @@ class _Collection(nn.Module):
             if len(set(table.feature_names)) < len(table.feature_names):
                 raise ValueError(f"table {table.name!r}: feature_names={table.feature_names} must differ")
 
-    def _group(self, poolings: Sequence[Pooling]) -> list[tuple[dict[str, Backend], Pooling, torch.dtype]]:
+    def _group(self, poolings: Sequence[Pooling]) -> list[tuple[dict[str, Backend], Pooling]]:
         """What each slab holds. A feature reads one table of a slab at most: of a second one, in another slab."""
         kinds: dict[tuple, list[tuple[dict[str, Backend], set[str]]]] = {}
         for table, pooling in zip(self._configs, poolings, strict=True):
             backend = getattr(table, "backend", Dense)(embedding_dim=table.embedding_dim)
-            dtype = DTYPES[_one_of(DataType, table.data_type, table.name, "data_type")]
-            slabs = kinds.setdefault((backend.group, pooling, dtype), [])
+            precision = _one_of(DataType, table.data_type, table.name, "data_type").name.lower()
+            if backend.precision not in ("fp32", precision):
+                raise ValueError(
+                    f"table {table.name!r}: its backend has precision={backend.precision} and data_type={precision}"
+                )
+            backend = replace(backend, precision=precision)
+            slabs = kinds.setdefault((backend.group, pooling), [])
             slab = next((slab for slab in slabs if slab[1].isdisjoint(table.feature_names)), None)
             if slab is None:
                 slabs.append(slab := ({}, set()))
             slab[0][table.name] = backend
             slab[1].update(table.feature_names)
-        return [(backends, *how) for (_, *how), slabs in kinds.items() for backends, _ in slabs]
+        return [(backends, pooling) for (_, pooling), slabs in kinds.items() for backends, _ in slabs]
 
-    def _make_slab(self, backends: dict[str, Backend], pooling: Pooling, dtype: torch.dtype, seed: int, device) -> Slab:
+    def _make_slab(self, backends: dict[str, Backend], pooling: Pooling, seed: int, device) -> Slab:
         rows = {table.name: table.num_embeddings for table in self._configs if table.name in backends}
         lookups = [lookup for lookup in self._lookups if lookup.table in backends]
-        return Slab(backends, rows, lookups, pooling=pooling, seed=seed, dtype=dtype, device=device)
+        return Slab(backends, rows, lookups, pooling=pooling, seed=seed, device=device)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -175,7 +178,7 @@ class _Collection(nn.Module):
         """The vectors of every embedding name, [batch_size, D], in order."""
         vectors = {}
         for slab, positions in zip(self.slabs, self._place(list(features.keys())), strict=True):
-            own_weights = None if weights is None else weights.to(slab.weight.dtype)
+            own_weights = None if weights is None else weights.to(accumulator(slab.weight.dtype))
             out = slab(features.values(), offsets, own_weights, batch_size, positions)
             out = out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
             parts = out.split(slab.arrangement.dims, 1)
@@ -242,8 +245,7 @@ class EmbeddingBagCollection(_Collection):
         return self._is_weighted
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Vectors [B, sum of dims], float32 (float64 of a float64 collection). Keys that no table reads are ignored;
-        weights are rounded to a table's data type.
+        """Vectors [B, sum of dims], float32 (float64 of a float64 collection). Keys that no table reads are ignored.
 
         Raises KeyError for a feature that the batch lacks, ValueError for missing weights or lengths that do not fit,
         RuntimeError naming feature, position, id and limit for an id out of range.

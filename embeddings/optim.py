@@ -7,10 +7,11 @@ moments of an untouched slot do not decay, as in torch.optim.SparseAdam), and un
 untouched slots do not decay).
 
 An optimizer may also be fused into the backward pass of a collection (`EmbeddingBags.fuse`): then no gradient is made,
-and `step` finds nothing to do for the collection's parameters. Its steps are those of sparse gradients, bit for bit.
+and `step` finds nothing to do for the collection's parameters. Its steps are those of sparse gradients, bit for bit; of
+16-bit weights, whose gradient tensor is rounded to 16 bits, they are those of the gradient before that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from embeddings.pages import ask_for_huge_pages
 from embeddings.rules import Rule, Step, accumulator, state_shapes, step_rows
 
+PIECE = 1 << 16  # rows
 STATES = {Rule.ADAM: ("mean", "square")}  # names of a rule's states; of the others "sum"
 
 
@@ -44,18 +46,19 @@ class _Rows(Optimizer):
                     continue
                 step, states = self._begin(param, group)
                 rows, grads = _touched_rows(param.grad) if param.grad.is_sparse else (None, param.grad)
-                step_rows(step, param, rows, grads.to(accumulator(param.dtype)), *states)
+                for some, part in _pieces(param, rows, grads):
+                    step_rows(step, param, some, part.to(accumulator(param.dtype)), *states)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but for the dtype of states, which torch makes that of the weights: they stay float32."""
+        """As torch's, but states of 16-bit weights are float32: torch gives them the weights' dtype."""
         super().load_state_dict(state_dict)
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for param, states in zip(params, saved, strict=True):
             for name, value in states.items():
                 if torch.is_tensor(value) and value.is_floating_point():
-                    self.state[param][name] = value.to(param.device, copy=True)
+                    self.state[param][name] = value.to(param.device, accumulator(param.dtype), copy=True)
 
     @property
     def is_lazy(self) -> bool:
@@ -92,6 +95,16 @@ class _Rows(Optimizer):
         decay, eps = group.get("weight_decay", 0.0), group.get("eps", 0.0)
         step = Step(self.rule, lr, decay, eps, beta1, beta2, correction, t)
         return step, [*(state[name] for name, _ in zip(names, shapes, strict=False)), None, None][:2]
+
+
+def _pieces(param: Tensor, rows: Tensor | None, grads: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """A step's rows and gradients; dense ones of 16-bit weights in parts, since rounding takes 20 times their bytes."""
+    if rows is not None or param.dtype in (torch.float32, torch.float64):
+        yield rows, grads
+        return
+    for begin in range(0, len(grads), PIECE):
+        part = grads[begin : begin + PIECE]
+        yield torch.arange(begin, begin + len(part), device=grads.device), part
 
 
 def _touched_rows(grad: Tensor) -> tuple[Tensor, Tensor]:

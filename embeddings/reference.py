@@ -12,6 +12,7 @@ from torch import Tensor
 from embeddings import index_map as maps
 from embeddings import rules
 from embeddings.index_map import BEGIN, COLUMN, DIM, NUM_COLUMNS, NUM_EMBEDDINGS, POSITION, WIDTH
+from embeddings.rules import accumulator
 
 RUN = 64  # kRun in csrc/index_map.h
 MAX_PROBES = 32  # kMaxProbes in csrc/bag.h
@@ -123,7 +124,7 @@ def _check_grad(grad: Tensor, weights: Tensor) -> None:
 
 
 def _is_summable(tensor: Tensor, weights: Tensor) -> bool:
-    return tensor.dtype in (weights.dtype, _accumulator(weights.dtype))
+    return tensor.dtype in (weights.dtype, accumulator(weights.dtype))
 
 
 # --- one batch, unrolled -------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def _read(weights, ids: Tensor, tables: Tensor, dim: int, width: int, layout: La
     first = (tables[:, BEGIN, None] + slots * width) // unit  # [M, C]
     units = first[:, :, None] + torch.arange(width // unit, device=ids.device)  # [M, C, width / Z]
     if signs is not None:
-        signs = signs.repeat_interleave(width, 1).to(_accumulator(weights.dtype))
+        signs = signs.repeat_interleave(width, 1).to(accumulator(weights.dtype))
     return Probe(units.flatten(1), signs)
 
 
@@ -245,15 +246,11 @@ def _left_to_right(values: Tensor, counts: Tensor) -> Tensor:
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _vectors(weights: Tensor, batch: Unrolled) -> list[Tensor]:
     """Each probe's vectors, [M, dim]."""
     vectors = []
     for units, signs in batch.probes:
-        read = weights[units].flatten(1).to(_accumulator(weights.dtype))
+        read = weights[units].flatten(1).to(accumulator(weights.dtype))
         vectors.append(read if signs is None else read * signs)
     return vectors
 
@@ -290,7 +287,7 @@ def bag(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, 
     layout = Layout(*layout)
     weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
     _check(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, layout, features, shared=False)
-    out = weights.new_empty(batch_size, columns, dtype=_accumulator(weights.dtype))
+    out = weights.new_empty(batch_size, columns, dtype=accumulator(weights.dtype))
     _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout, features)
     return out.to(weights.dtype)
 
@@ -299,7 +296,7 @@ def bag_into(out, weights, ids, offsets, per_sample_weights, tables, *layout_fea
     """Writes the pooled vectors to their columns of out [B, columns]."""
     *layout, features = layout_features
     layout = Layout(*layout)
-    right = out.dim() == 2 and out.is_contiguous() and out.dtype == _accumulator(weights.dtype)
+    right = out.dim() == 2 and out.is_contiguous() and out.dtype == accumulator(weights.dtype)
     _require(right, "out must be contiguous [B, columns], of the dtype of the weights' sums and on their device")
     _check(weights, ids, offsets, per_sample_weights, tables, *out.shape, layout, features)
     _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout, features)
@@ -324,7 +321,7 @@ def _write_bags(out, weights, ids, offsets, per_sample_weights, tables, layout: 
 
 def _base_grads(grad, weights, per_sample_weights, batch: Unrolled, vectors, layout: Layout) -> Tensor:
     """The gradient of every id's vector, [M, L]."""
-    bag_grads = grad[:, batch.columns].transpose(0, 1).flatten(0, 1).to(_accumulator(weights.dtype))  # [F * B, L]
+    bag_grads = grad[:, batch.columns].transpose(0, 1).flatten(0, 1).to(accumulator(weights.dtype))  # [F * B, L]
     grads = bag_grads[batch.bags]
     if layout.pooling == MAX:
         winner = _argmax(_combined(vectors, layout.combine), batch.bags, batch.counts.numel())
@@ -413,7 +410,7 @@ def bag_backward_sample_weights(grad, weights, ids, offsets, tables, *layout_fea
     _check_grad(grad, weights)
     batch_size, columns = grad.shape
     _check(weights, ids, offsets, None, tables, batch_size, columns, layout, features)
-    out = weights.new_zeros(ids.numel(), dtype=_accumulator(weights.dtype))
+    out = weights.new_zeros(ids.numel(), dtype=accumulator(weights.dtype))
     for batch in unroll(weights, ids, offsets, tables, batch_size, layout, features):
         vectors = _combined(_vectors(weights, batch), layout.combine)
         bag_grads = grad[:, batch.columns].transpose(0, 1).flatten(0, 1).to(vectors.dtype)  # [F * B, L]

@@ -8,7 +8,7 @@ threshold_backward: grad, and 0 where out <= 0. Errors: RuntimeError for other s
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
+from torch.library import define, impl, register_autograd, register_fake
 
 from embeddings import native
 
@@ -24,7 +24,10 @@ define("embeddings::relu_backward", "(Tensor grad, Tensor out) -> (Tensor, Tenso
 
 def reference(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if grad.dim() != 2 or grad.shape != out.shape or {grad.dtype, out.dtype} != {torch.float32}:
-        raise RuntimeError("relu_backward: grad and out must be of one shape [B, O], both float32")
+        raise RuntimeError(
+            "relu_backward: grad and out must be of one shape [B, O], both float32, "
+            f"not {list(grad.shape)} {grad.dtype} and {list(out.shape)} {out.dtype}"
+        )
     masked = torch.ops.aten.threshold_backward(grad, out, 0).contiguous()
     return masked, masked.t().clone(memory_format=torch.contiguous_format), masked.sum(0)
 
@@ -35,3 +38,10 @@ impl("embeddings::relu_backward", "CompositeExplicitAutograd", reference)
 @register_fake("embeddings::relu_backward")
 def _(grad, out):
     return grad.new_empty(grad.shape), grad.new_empty(grad.shape[::-1]), grad.new_empty(grad.shape[1])
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("relu_backward has no second derivative: its results cannot be differentiated")
+
+
+register_autograd("embeddings::relu_backward", _no_second_derivative)

@@ -43,9 +43,8 @@ class Slab(nn.Module):
     """Vectors of tables that share a backend, but for embedding_dim.
 
     backends, rows: table -> its backend, and its num_embeddings. lookups: which feature reads which table; of one place
-    in the batch there may be one. dtype: of the weights, if not the backend's.
-    weight: [S, Z]; tables: int64 [F * K, 9], see `Arrangement`. Raises ValueError if the backends differ or a ratio
-    cannot be reached.
+    in the batch there may be one. weight: [S, Z]; tables: int64 [F * K, 9], see `Arrangement`. Raises ValueError if the
+    backends differ or a ratio cannot be reached.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Slab(nn.Module):
         *,
         pooling: Pooling,
         seed: int,
-        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -65,7 +63,7 @@ class Slab(nn.Module):
         self.arrangement = Arrangement(backends, rows, slots, lookups, pooling=pooling, seed=seed)
         self.backend = self.arrangement.backend
         self.slices, self.layout = self.arrangement.slices, self.arrangement.layout
-        weight = torch.empty(self.arrangement.shape, dtype=dtype or self.backend.dtype, device=device)
+        weight = torch.empty(self.arrangement.shape, dtype=self.backend.dtype, device=device)
         self.weight = nn.Parameter(ask_for_huge_pages(weight))
         self.register_buffer("tables", torch.tensor(self.arrangement.tables, dtype=torch.int64, device=device))
         # None until `auto` has measured

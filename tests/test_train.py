@@ -231,7 +231,18 @@ def test_resume_ends_where_one_run_would(precision, cli, tmp_path):
 
 def test_a_mean_of_16_bit_weights_is_refused(cli):
     status, _, err = cli("embedding.precision=bf16", "trainer.average_from=0.5", *SMALL)
-    assert status == 2 and "trainer.average_from=0.5: the mean of bf16 weights (feature C1)" in err
+    assert (
+        status == 2 and "trainer.average_from=0.5: the mean would be rounded away with embedding.precision=bf16" in err
+    )
+
+
+def test_a_checkpoint_older_than_precision_is_resumed(cli, tmp_path):
+    asked = ("embedding=hashed", "compression=0.5", "+embedding@features.C1=dense", *SMALL)
+    assert cli(*asked, "hydra.run.dir=half", "trainer.max_steps=4")[0] == 0
+    (manifest,) = (tmp_path / "half/checkpoints").rglob("manifest.json")
+    text = manifest.read_text()
+    assert '"block"' in text and '"precision"' not in text
+    assert cli(*asked, "hydra.run.dir=rest", "resume=half")[0] == 0
 
 
 @pytest.fixture
@@ -410,6 +421,28 @@ def test_misspelt_key_is_refused_by_the_real_process_with_status_2(tmp_path):
     )
     assert done.returncode == 2 and "did you mean compression?" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("asked", [["native=off", "linear=onednn"], ["native=off", "precision=bf16"]], ids=" ".join)
+def test_native_off_is_obeyed_by_the_real_process(asked, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "EMBEDDINGS_NATIVE"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *asked, *SMALL, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert summary_of(tmp_path / "run")["native"] is False
+
+
+def test_a_run_says_that_gradients_of_16_bit_weights_are_rounded(cli):
+    asked = ("embedding.precision=bf16", *SMALL, "trainer.max_steps=1")
+    words = "gradients of bf16 weights are rounded to 16 bits"
+    assert words in cli(*asked, "optimizer.fused=false")[1] and words not in cli(*asked)[1]
 
 
 # --- the memory ledger -----------------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ def test_no_more_than_every_row_of_the_first_part_can_be_kept(changes):
             named("qr", compression=ratio, **changes).slots({"C1": 10_000})
 
 
+def test_a_ratio_too_large_for_16_bits_is_refused_with_the_largest():
+    with pytest.raises(ValueError, match=r"largest it can is 0\.5003, the nearest 0\.5003"):
+        named("qr", compression=1.0, precision="bf16").slots({"C1": 10_000})
+    named("qr", compression=0.5, precision="bf16").slots({"C1": 10_000})
+
+
 def test_some_yaml_compresses_and_some_does_not():
     assert {compressed(yaml) for yaml in YAMLS} == {True, False}
 

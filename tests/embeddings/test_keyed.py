@@ -35,8 +35,8 @@ from embeddings import (
     KeyedJaggedTensor,
     PoolingType,
 )
+from embeddings.backend import PRECISIONS
 from embeddings.index_map import SEED
-from embeddings.keyed import DTYPES
 from embeddings.ops import Combine
 
 RECORDED = json.loads((Path(__file__).parent / "oracles/torchrec_ebc.json").read_text())
@@ -305,7 +305,7 @@ class TheirDataType(Enum):
 def test_t8_weights_have_the_data_type_and_vectors_are_float32(word, kind):
     ebc = EmbeddingBagCollection([table("t", "a", data_type=kind(word))])
     (weight,), rows = ebc.parameters(), torch.linspace(-1, 1, 80).view(20, 4)
-    assert weight.dtype == DTYPES[DataType(word)]
+    assert weight.dtype == PRECISIONS[word.lower()]
     fill(ebc, t=rows)
     out = ebc(kjt({"a": [[1, 2, 3]]})).values()
     assert out.dtype == torch.float32
@@ -313,6 +313,19 @@ def test_t8_weights_have_the_data_type_and_vectors_are_float32(word, kind):
     assert_same_bits(out[0], (kept[1] + kept[2] + kept[3]).to(weight.dtype).float())
     out.sum().backward()
     assert weight.grad.dtype == weight.dtype and weight.grad[1:4].eq(1).all()
+
+
+def test_t8_the_backend_and_the_data_type_say_one_precision():
+    def collection(data_type, **changes):
+        config = table("t", "a", n=4000, data_type=data_type)
+        config.backend = lambda embedding_dim: Hashed(embedding_dim=embedding_dim, compression=0.5, **changes)
+        return EmbeddingBagCollection([config])
+
+    full, half = collection("FP32"), collection("BF16")
+    assert half.slabs[0].weight.numel() > 1.5 * full.slabs[0].weight.numel()  # a ratio is of float32 bytes
+    assert collection("BF16", precision="bf16").slabs[0].weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="table 't': its backend has precision=bf16 and data_type=fp32"):
+        collection("FP32", precision="bf16")
 
 
 @pytest.mark.parametrize("wrong", ["INT8", "fp16", "", None, 16, torch.float16, TheirDataType.INT8, ["FP32"]])
@@ -344,7 +357,7 @@ def test_t8_t9_weights_go_with_every_data_type(word, pooling):
     rows = dyadic(20, 4)
     wanted = (0.5 * rows[1] - 2 * rows[5]) / (2 if pooling is MEAN else 1)
     assert out["a@u"][0].tolist() == wanted.tolist()
-    assert out["a@t"][0].tolist() == wanted.to(DTYPES[DataType(word)]).tolist()
+    assert out["a@t"][0].tolist() == wanted.to(PRECISIONS[word.lower()]).tolist()
     out.values().sum().backward()
     assert batch.weights().grad.dtype == torch.float32
     wanted = 2 * rows[[1, 5]].sum(1) / (2 if pooling is MEAN else 1)

@@ -7,6 +7,7 @@ import torch
 from builders import YAMLS, dense, from_yaml, make_bags, make_batch, named
 from oracle import assert_same_bits
 
+from embeddings import optim
 from embeddings.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
 ROWS = [40, 3000, 700]
@@ -106,6 +107,18 @@ def test_states_stay_float32_when_loaded(precision):
     run(range(3, 5), again, resumed)
     for mine, theirs in zip(again.parameters(), bags.parameters(), strict=True):
         assert_same_bits(mine, theirs)
+
+
+@each_precision
+def test_a_dense_gradient_is_stepped_in_parts_with_the_draws_of_the_whole(precision, monkeypatch):
+    weights = []
+    for piece in (1 << 16, 7):
+        monkeypatch.setattr(optim, "PIECE", piece)
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 400).view(100, 4).to(DTYPES[precision]))
+        parameter.grad = torch.linspace(-2, 2, 400).view(100, 4).to(DTYPES[precision])
+        RowWiseAdagrad([parameter], lr=0.01, eps=1e-8).step()
+        weights.append(parameter.detach())
+    assert_same_bits(*weights)
 
 
 def test_other_precisions_are_refused():
