@@ -69,6 +69,29 @@ def step(rows: Rows) -> str:
     )
 
 
+def loader(rows: Rows) -> str:
+    return markdown_table(
+        [
+            {"": row["what"], "batch": row.get("batch_size", "-")}
+            | {"samples/s": round(row.get("samples_per_second", row.get("rows_per_second")))}
+            | {"best": round(row["best_samples_per_second"]) if "best_samples_per_second" in row else "-"}
+            for row in rows
+        ]
+    )
+
+
+def mlp(rows: Rows) -> str:
+    """Forward and backward of the model's layers, and nn.Linear's time over each library's."""
+    return markdown_table(
+        [
+            {"batch": row["batch_size"], "nn.Linear, ms": round(row["nn.Linear_ms"], 2)}
+            | {"torch, ms": round(row["torch_ms"], 2), "its ratio": round(row["nn.Linear/torch"], 2)}
+            | {"oneDNN, ms": round(row["onednn_ms"], 2), "ratio": round(row["nn.Linear/onednn"], 2)}
+            for row in rows
+        ]
+    )
+
+
 def growth(rows: Rows) -> str:
     names = list(dict.fromkeys(row["name"] for row in rows))
     found = {(row["axis"], row["value"], row["name"]): row for row in rows}
@@ -102,6 +125,9 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "bandwidth": bandwidth,
     "lookup": lookup,
     "step": step,
+    "step_spinning": step,
+    "mlp": mlp,
+    "loader": loader,
     "growth": growth,
     "grids": grids,
 }
@@ -129,7 +155,8 @@ def text_of(name: str, folder: Path) -> str:
             found = json.loads(path.read_text())
             commit = found["commit"][:7] + "-dirty" * found["commit"].endswith("-dirty")
             facts = f"torch {found['torch']}, {found['date']}, commit {commit}, load average {found['load_average']}"
-            parts.append(f"`{found['command']}` on {found['device']}; {facts}:\n\n{TABLES[name](found['rows'])}\n")
+            command = found.get("command", f"python -m benchmarks.{name}")
+            parts.append(f"`{command}` on {found['device']}; {facts}:\n\n{TABLES[name](found['rows'])}\n")
     return "\n" + ("\n".join(parts) or f"Not recorded yet: `python -m benchmarks.{name}`.\n") + "\n"
 
 
@@ -140,8 +167,10 @@ def rewritten(text: str, folder: Path) -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
+        folder = Path(sys.argv[1])
         for name in TABLES:
-            print(f"{name}:{text_of(name, Path(sys.argv[1]))}")
+            if any(folder.glob(f"{name}-*.json")):
+                print(f"{name}:{text_of(name, folder)}")
     else:
         README.write_text(rewritten(README.read_text(), RESULTS))
 

@@ -8,7 +8,7 @@ threshold_backward: grad, and 0 where out <= 0. Errors: RuntimeError for other s
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_autograd, register_fake
+from torch.library import define, impl, register_fake
 
 from embeddings import native
 
@@ -38,10 +38,3 @@ impl("embeddings::relu_backward", "CompositeExplicitAutograd", reference)
 @register_fake("embeddings::relu_backward")
 def _(grad, out):
     return grad.new_empty(grad.shape), grad.new_empty(grad.shape[::-1]), grad.new_empty(grad.shape[1])
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("relu_backward has no second derivative: its results cannot be differentiated")
-
-
-register_autograd("embeddings::relu_backward", _no_second_derivative)

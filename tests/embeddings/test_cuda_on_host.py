@@ -41,6 +41,7 @@ from torch import Tensor
 
 from embeddings import native, reference
 from embeddings.index_map import BEGIN, NUM_EMBEDDINGS, POSITION
+from embeddings.rules import accumulator
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -174,17 +175,20 @@ def random_case(rng: random.Random, index_map: int) -> tuple[Case, int, Tensor]:
     )
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
 
-    def numbers(*shape: int, offset: int) -> Tensor:
+    def numbers(*shape: int, offset: int, dtype: torch.dtype) -> Tensor:
         """The last ones of their memory, `offset` numbers from its beginning."""
         flat = torch.randn(offset + max(1, math.prod(shape)), generator=generator, dtype=torch.float64)
-        return flat.to(case.weights.dtype)[offset : offset + math.prod(shape)].view(shape)
+        return flat.to(dtype)[offset : offset + math.prod(shape)].view(shape)
 
     begins, slice_of = case.tables[:, BEGIN].unique(return_inverse=True)
     gaps = torch.tensor([rng.randint(0, 2) for _ in begins]).cumsum(0)  # units that belong to nobody
     case.tables[:, BEGIN] += unit * gaps[slice_of]
     num_units = len(case.weights) - 1 + int(gaps[-1]) + rng.randint(0, 2)
-    weights = numbers(num_units, unit, offset=rng.choice([0, 0, 1, 8]))
-    grad = numbers(batch_size, case.columns, offset=rng.choice([0, 1]))
+    own, of_sums = case.weights.dtype, accumulator(case.weights.dtype)
+    weights = numbers(num_units, unit, offset=rng.choice([0, 0, 1, 8]), dtype=own)
+    grad = numbers(batch_size, case.columns, offset=rng.choice([0, 1]), dtype=rng.choice([own, of_sums]))
+    if case.sample_weights is not None and rng.random() < 0.5:
+        case = case._replace(sample_weights=case.sample_weights.to(of_sums))
     grad = grad.t().contiguous().t() if rng.random() < 0.3 else grad
     return case._replace(weights=weights, chunks=case.chunks + rng.randint(0, 1)), pooling, grad
 
