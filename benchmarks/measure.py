@@ -157,5 +157,12 @@ def record(name: str, device: str, rows: list[dict], **facts: object) -> Path:
     """Write rows with the machine's facts, and these, to $OUT, or benchmarks/results/, as NAME-DEVICE.json."""
     results_folder().mkdir(parents=True, exist_ok=True)
     path = results_folder() / f"{name}-{'cpu' if device == 'cpu' else 'cuda'}.json"
-    path.write_text(json.dumps(machine(device) | facts | {"rows": rows}, indent=1) + "\n")
+    path.write_text(as_text(machine(device) | facts, rows))
     return path
+
+
+def as_text(facts: dict, rows: list[dict]) -> str:
+    """The JSON of a record, a line for each fact and each row."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
+    lines.append('"rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
