@@ -315,7 +315,7 @@ def test_t8_weights_have_the_data_type_and_vectors_are_float32(word, kind):
     assert weight.grad.dtype == weight.dtype and weight.grad[1:4].eq(1).all()
 
 
-def test_t8_the_backend_and_the_data_type_say_one_precision():
+def test_the_backend_and_the_data_type_say_one_precision():
     def collection(data_type, **changes):
         config = table("t", "a", n=4000, data_type=data_type)
         config.backend = lambda embedding_dim: Hashed(embedding_dim=embedding_dim, compression=0.5, **changes)
