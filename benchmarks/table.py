@@ -124,6 +124,7 @@ def grids(rows: Rows) -> str:
 TABLES: dict[str, Callable[[Rows], str]] = {
     "bandwidth": bandwidth,
     "lookup": lookup,
+    "lookup_wide": lookup,
     "step": step,
     "step_spinning": step,
     "mlp": mlp,
