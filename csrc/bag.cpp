@@ -49,14 +49,16 @@ void find_slots(const Call& call, const Map& map, int64_t f, int64_t first, int6
   }
 }
 
-// to [width] = the sum of `count` slots of the slab, every `step`-th of slots, over divisor.
-template <int kWidth, typename weight_t>
+// to [width] = the sum of `count` slots of the slab, every `step`-th of slots, over divisor. begin(i): slot i is next.
+template <int kWidth, typename weight_t, typename Begin>
 HOST_DEVICE void pool(const weight_t* slab, const int64_t* slots, int64_t count, int64_t step, int64_t width,
-                      typename Accumulator<weight_t>::type divisor, typename Accumulator<weight_t>::type* to) {
+                      typename Accumulator<weight_t>::type divisor, typename Accumulator<weight_t>::type* to,
+                      const Begin& begin) {
   using real = typename Accumulator<weight_t>::type;
   if constexpr (kWidth > 0) {
     if (count == 0) return static_cast<void>(std::fill_n(to, kWidth, real(0)));
     const auto read = [&](int64_t i) {
+      begin(i);
       Numbers<real, kWidth> row;
       row.load(slab + slots[i * step]);
       return row;
@@ -70,6 +72,7 @@ HOST_DEVICE void pool(const weight_t* slab, const int64_t* slots, int64_t count,
     for (int64_t z = 0; z < width; ++z) {  // a number at a time: rare widths only
       real total = 0, run = 0;
       for (int64_t i = 0; i < count; ++i) {
+        if (z == 0) begin(i);
         const real v = static_cast<real>(slab[slots[i * step] + z]);
         if (i % kRun == 0) {
           if (i) total = i == kRun ? run : total + run;
@@ -121,8 +124,15 @@ void write_bags(const Call& call, int64_t f, const Found& found, typename Accumu
     const int64_t count = call.at.end(f, b) - call.at.begin(f, b);
     const real divisor = call.at.divisor<real>(f, b, call.pooling);
     real* to = out + b * call.columns + table.column;
-    ask_for(slots + count * chunks + kAhead);
-    for (int64_t c = 0; c < chunks; ++c) pool<kWidth>(slab, slots + c, count, chunks, width, divisor, to + c * width);
+    // a bag's rows are asked for all at once, if they are few; else, as a core has so many reads under way, one by one
+    const bool few = count * chunks * width * int64_t{sizeof(weight_t)} <= 4096;
+    if (few) ask_for(slots + count * chunks + kAhead);
+    const auto begin = [&](int64_t i) {
+      if (!few) ask_for(slots + (i + 1) * chunks + kAhead);
+    };
+    for (int64_t c = 0; c < chunks; ++c) {
+      pool<kWidth>(slab, slots + c, count, chunks, width, divisor, to + c * width, begin);
+    }
     slots += count * chunks;
   }
 }

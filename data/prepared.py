@@ -127,7 +127,8 @@ def shuffled(count: int, *, seed: int, epoch: int, block: int, start: int) -> It
     (seed, epoch). Up to `block` rows this is one uniform permutation. Larger files are cut into chunks of CHUNK_ROWS
     neighbours; the chunks are shuffled, and the rows of each `block` of chunks: reads stay nearly sequential."""
     if count <= block:
-        yield np.random.default_rng([seed, epoch, 0]).permutation(count)[start:]
+        rows = np.arange(count, dtype=np.int32 if count <= 1 << 31 else np.int64)  # 32 bits sort twice as fast
+        yield np.random.default_rng([seed, epoch, 0]).permutation(rows)[start:]
         return
     chunk_rows = min(CHUNK_ROWS, block)
     chunks = np.random.default_rng([seed, epoch]).permutation(count // chunk_rows)
@@ -218,7 +219,7 @@ class Prepared:
 
     def _batch(self, index: np.ndarray, limits: torch.Tensor) -> Batch:
         """The rows index [B] as a Batch; limits [F]: the first id of each feature that becomes 0."""
-        ids = torch.from_numpy(self.ids.take(index, axis=0)).t().contiguous()  # [F1, B]
+        ids = torch.from_numpy(np.ascontiguousarray(self.ids.take(index, axis=0).T))  # [F1, B]
         most = limits[: self.num_single]
         # the largest of each feature is cheap to see, and where the vocabulary is training's, that is all
         if ids.numel() and (ids.amax(1) >= most).any():

@@ -205,3 +205,8 @@ def test_fingerprint_of_a_large_file_sees_a_change_whose_size_and_time_are_resto
         file.write(b"y")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_mtime_ns == times.st_mtime_ns and fingerprint([path], ()) != before
+
+
+def test_an_epochs_order_is_numpys_permutation_of_all_rows_whatever_their_type():
+    (order,) = shuffled(1000, seed=3, epoch=2, block=1000, start=10)
+    assert np.array_equal(order, np.random.default_rng([3, 2, 0]).permutation(1000)[10:])
