@@ -156,7 +156,9 @@ def text_of(name: str, folder: Path) -> str:
             found = json.loads(path.read_text())
             commit = found["commit"][:7] + "-dirty" * found["commit"].endswith("-dirty")
             facts = f"torch {found['torch']}, {found['date']}, commit {commit}, load average {found['load_average']}"
+            environment = found["environment"].items() - {("OMP_WAIT_POLICY", "passive")}  # benchmarks/__init__.py's
             command = found.get("command", f"python -m benchmarks.{name}")
+            command = " ".join([*(f"{key}={value}" for key, value in sorted(environment)), command])
             parts.append(f"`{command}` on {found['device']}; {facts}:\n\n{TABLES[name](found['rows'])}\n")
     return "\n" + ("\n".join(parts) or f"Not recorded yet: `python -m benchmarks.{name}`.\n") + "\n"
 

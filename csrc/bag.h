@@ -158,6 +158,13 @@ inline void require(bool condition, const char* what) {
   if (!condition) fail(what);
 }
 
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "[") << tensor.size(i);
+  text << (tensor.dim() ? "]" : "[]");
+  return text.str();
+}
+
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }

@@ -22,13 +22,6 @@ struct Interaction {
   int64_t columns() const { return dim + num_pairs(); }
 };
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "[") << tensor.size(i);
-  text << (tensor.dim() ? "]" : "[]");
-  return text.str();
-}
-
 // embeddings/interaction.py checks the same in the same words.
 inline Interaction make_interaction(const Tensor& dense, const Tensor& embedded) {
   if (dense.dim() != 2 || embedded.dim() != 3 || dense.size(0) != embedded.size(0) ||

@@ -57,9 +57,12 @@ struct Gradient {
 
 // Arguments as in embeddings/relu.py.
 std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tensor& out) {
-  require(grad.dim() == 2 && out.dim() == 2 && grad.size(0) == out.size(0) && grad.size(1) == out.size(1) &&
-              grad.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float,
-          "relu_backward: grad and out must be of one shape [B, O], both float32");
+  const ScalarType types[2] = {grad.scalar_type(), out.scalar_type()};
+  if (grad.dim() != 2 || out.dim() != 2 || grad.size(0) != out.size(0) || grad.size(1) != out.size(1) ||
+      types[0] != ScalarType::Float || types[1] != ScalarType::Float) {
+    fail("relu_backward: grad and out must be of one shape [B, O], both float32, not ", shape_of(grad), " ", types[0],
+         " and ", shape_of(out), " ", types[1]);
+  }
   const Tensor grads = torch::stable::contiguous(grad), outs = torch::stable::contiguous(out);
   const int64_t rows = grad.size(0), columns = grad.size(1), blocks = (rows + kBlock - 1) / kBlock;
   Tensor masked = torch::stable::new_empty(grads, {rows, columns});
