@@ -137,7 +137,7 @@ def test_lines_are_right_far_into_a_file_that_is_read_in_parallel(table):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_damage_ends_in_a_named_error_or_exact_counts(data, tmp_path_factory):
     body = bytearray(b"".join(b"%d\t%d\tv%d\n" % (i % 2, i, i % 5) for i in range(20)))
     for _ in range(data.draw(st.integers(1, 4))):

@@ -45,14 +45,14 @@ def click_samples(num_samples, seed=0):
 
 
 @given(SAMPLES)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 def test_exact_auc_equals_sklearn(samples):
     logits, labels = tensors(samples)
     assert exact_auc(logits, labels) == pytest.approx(sklearn_auc(logits, labels), abs=1e-9)
 
 
 @given(SAMPLES)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 def test_streaming_auc_is_within_its_own_bound(samples):
     logits, labels = tensors(samples)
     values = streamed(logits, labels).compute()
@@ -60,7 +60,7 @@ def test_streaming_auc_is_within_its_own_bound(samples):
 
 
 @given(SAMPLES)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 def test_the_other_metrics_equal_their_definitions(samples):
     logits, labels = tensors(samples)
     values = streamed(logits, labels).compute()

@@ -308,7 +308,7 @@ def test_sums_follow_runs_of_64_then_the_runs(kernels, device, pooling):
 @each_kind
 @each_pooling
 def test_native_equals_reference_bitwise(native_kernels, device, kind, pooling):
-    for bags, dtype in zip(("some", "around a run") * 2, DTYPES, strict=True):
+    for bags, dtype in itertools.product(("around a run", "some"), DTYPES):
         case = make_case(BAGS[bags], **{"num_slots": 23, **kind}, dtype=dtype, weighted=pooling != MAX)
         assert_same_results(case, native_kernels, reference, pooling, device)
 

@@ -131,10 +131,10 @@ def load() -> None:
 
 def findings_of_all() -> dict[str, list[str]]:
     return {
-        "differences": differences(150),
-        "unnoted": unnoted(100),
+        "differences": differences(250),
+        "unnoted": unnoted(150),
         "notes of shared positions": notes_of_shared_positions(),
-        "interactions": interactions(40),
+        "interactions": interactions(60),
     }
 
 

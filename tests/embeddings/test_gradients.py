@@ -72,8 +72,8 @@ def weights_grad(case, ops, grad, pooling, accumulate):
 def test_gradcheck_of_the_weights(ops, kind, pooling, accumulate):
     case = small_case(kind)
     weights = case.weights.requires_grad_()
-    # along one direction: in full, autograd through the reference's forward is below
-    assert gradcheck(lambda w: case._replace(weights=w).forward(ops, pooling, accumulate), weights, fast_mode=True)
+    fast = accumulate == ATOMIC  # which is sorted's sum in another order
+    assert gradcheck(lambda w: case._replace(weights=w).forward(ops, pooling, accumulate), weights, fast_mode=fast)
 
 
 @each_kind
@@ -81,9 +81,7 @@ def test_gradcheck_of_the_weights(ops, kind, pooling, accumulate):
 def test_gradcheck_of_weights_and_sample_weights_together(ops, kind, pooling):
     case = small_case(kind, weighted=True)
     inputs = (case.weights.requires_grad_(), case.sample_weights.requires_grad_())
-    assert gradcheck(
-        lambda w, v: case._replace(weights=w, sample_weights=v).forward(ops, pooling), inputs, fast_mode=True
-    )
+    assert gradcheck(lambda w, v: case._replace(weights=w, sample_weights=v).forward(ops, pooling), inputs)
 
 
 @each_kind
