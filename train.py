@@ -27,6 +27,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.resident import Resident
 from dlrm import checkpoint, expected, jobs, linear
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
@@ -242,17 +243,17 @@ def train(config: dict, folder: Path) -> dict:
             bags.fuse(embedding_optimizer)
         log = RunLog(folder, facts=facts(config) | {"linear": library, "fused": fused}, hparams=hparams(config))
     say_what_is_replaced(bags, config)
-    trainer = Trainer(
-        model,
-        dataset,
-        dense_optimizer=make_dense(model.dense_parameters()),
-        embedding_optimizer=embedding_optimizer,
-        settings=settings,
-        log=log,
-        identity=identity(config),
-    )
-    if config["resume"] is not None:
-        with refusals():
+    with refusals():
+        trainer = Trainer(
+            model,
+            Resident(dataset, config["device"]) if config["data_on_device"] else dataset,
+            dense_optimizer=make_dense(model.dense_parameters()),
+            embedding_optimizer=embedding_optimizer,
+            settings=settings,
+            log=log,
+            identity=identity(config),
+        )
+        if config["resume"] is not None:
             trainer.resume(config["resume"])
     return trainer.train()
 
@@ -336,9 +337,8 @@ def fuses(config: dict, bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -
     choice, exact = config["optimizer"]["fused"], bags.fuses_exactly(optimizer)
     if choice is True and not exact:
         print("optimizer.fused=true: only touched slots move, also where accumulate asks for a dense gradient")
+    fused = exact if choice == "auto" else choice
     rounded = sorted({slab.backend.precision for slab in bags.slabs} - {"fp32"})
-    # on CUDA the fused step is plain torch so far, but gradients of 16-bit weights would be rounded to 16 bits
-    fused = exact and (config["device"] == "cpu" or bool(rounded)) if choice == "auto" else choice
     if rounded and not fused:
         print(f"optimizer.fused={choice}: gradients of {', '.join(rounded)} weights are rounded to 16 bits")
     return fused
@@ -364,6 +364,7 @@ def check_root(config: dict) -> None:
         "linear": linear.CHOICES,
         "pooling": ("sum", "mean", "max"),
         "deterministic": (True, False),
+        "data_on_device": (True, False),
     }.items():
         if config[key] not in choices:
             raise ConfigError(f"{key}={config[key]}: must be one of {some(choices)}" + near(config[key], choices))

@@ -13,12 +13,13 @@ import gc
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from benchmarks import peers
-from benchmarks.lookup import Contender, ours, theirs, time_all
-from benchmarks.measure import Progress, added_bytes, integers, make_parser, read_options, record
+from benchmarks.lookup import Contender, ours, theirs
+from benchmarks.measure import Progress, added_bytes, integers, interleave, make_parser, read_options, record
 from benchmarks.shapes import Draws, backends, make_bags
 from dlrm import memory
 from embeddings import Bloom, EmbeddingBags, Hashed, native
@@ -55,20 +56,38 @@ def build(rows: list[int], draws: Draws, device: str) -> tuple[dict[str, Contend
     return made, {name: added_bytes(device, partial(begin, name)) for name in makers}
 
 
-def measure(axis: str, value: int, rows: list[int], batch_size: int, options: argparse.Namespace) -> list[dict]:
-    """A row for each contender."""
-    draws = Draws(rows, law="uniform", bag=1, batch_size=batch_size, device=options.device)
-    made, peaks = build(rows, draws, options.device)
-    grad = torch.randn(batch_size, len(rows), DIM, device=options.device)
-    seconds = time_all(made, draws, grad, options)
+class Point(NamedTuple):
+    """A value on an axis."""
+
+    value: int
+    rows: list[int]
+    batch_size: int
+
+
+def measure(axis: str, points: list[Point], options: argparse.Namespace) -> list[dict]:
+    """A row for each contender at each point; all of an axis run in turn, so that a slow moment bends no curve."""
+    made: dict[tuple[int, str], Contender] = {}
+    peaks: dict[tuple[int, str], int] = {}
+    works, ready = {}, {}
+    for value, rows, batch_size in points:
+        draws = Draws(rows, law="uniform", bag=1, batch_size=batch_size, device=options.device)
+        grad = torch.randn(batch_size, len(rows), DIM, device=options.device)
+        contenders, added = build(rows, draws, options.device)
+        for name, contender in contenders.items():
+            key = value, name
+            made[key], peaks[key], works[key] = contender, added[name], contender.work(grad)
+            ready[key] = lambda _, c=contender, d=draws: c.ready(d())
+        print(f"{axis} {value:,}: built", flush=True)
+    budget = options.seconds * len(points)
+    seconds = interleave(works, ready=ready, rounds=options.rounds, device=options.device, budget=budget)
     results = []
-    for name, contender in made.items():
+    for (value, name), contender in made.items():
         row = {"axis": axis, "value": value, "name": name, "fused": contender.is_fused}
-        row["microseconds"] = round(median(seconds[name]) * 1e6, 1)
+        row["microseconds"] = round(median(seconds[value, name]) * 1e6, 1)
         if isinstance(contender.module, EmbeddingBags):
             state = memory.optimizer_bytes(contender.optimizer)
             row["counted_MiB"] = round((contender.module.num_bytes() + state) / memory.MIB, 2)
-        results.append(row | {"peak_MiB": round(peaks[name] / memory.MIB, 1)})
+        results.append(row | {"peak_MiB": round(peaks[value, name] / memory.MIB, 1)})
     return results
 
 
@@ -77,18 +96,23 @@ def main(arguments: list[str] | None = None) -> Path:
     gc.freeze()  # what is loaded by now: looking through it for garbage, as added_bytes does, takes longer than a cell
     kernels = "compiled" if native.ensure() else "reference"
     print(f"kernels: {kernels}; fbgemm: {peers.HAS_FBGEMM}")
-    plan = [("rows", n, [n], BATCH) for n in options.rows]
-    plan += [("batch", n, [ROWS], n) for n in options.batches]
-    plan += [("tables", n, [ROWS // n] * n, BATCH // n) for n in options.tables]
+    plan = {
+        "rows": [Point(n, [n], BATCH) for n in options.rows],
+        "batch": [Point(n, [ROWS], n) for n in options.batches],
+        "tables": [Point(n, [ROWS // n] * n, BATCH // n) for n in options.tables],
+    }
     build(
         [100], Draws([100], law="uniform", bag=1, batch_size=128, device=options.device), options.device
     )  # loads code
     progress, results = Progress(len(plan)), []
-    for axis, value, rows, batch_size in plan:
-        cell = measure(axis, value, rows, batch_size, options)
-        results += cell
-        words = ", ".join(f"{row['name']} {row['microseconds']:,.0f} us {row['peak_MiB']:,} MiB" for row in cell)
-        progress.say(f"{axis} {value:,}: {words}")
+    for axis, points in plan.items():
+        found = measure(axis, points, options)
+        results += found
+        for point in points:
+            rows = [row for row in found if row["value"] == point.value]
+            words = ", ".join(f"{row['name']} {row['microseconds']:,.0f} us {row['peak_MiB']:,} MiB" for row in rows)
+            print(f"{axis} {point.value:,}: {words}")
+        progress.say(axis)
         path = record("growth", options.device, results, command=options.command, kernels=kernels)
     print(f"written to {path}")
     return path

@@ -1,12 +1,14 @@
 """Is a lookup, its gradient and its update faster than the field's?  python -m benchmarks.lookup [--quick]
 
 One table, or Criteo Kaggle's 26 at a tenth of their rows, against torch.nn.EmbeddingBag, with sparse gradients and,
-where its table is small, dense ones, and FBGEMM's TBE where fbgemm_gpu can be imported. Fresh ids for everybody in
-every round (cold rows), drawn outside the time. work: forward; forward+backward; or these and an optimizer's update.
+where its table is small, dense ones, FBGEMM's TBE where fbgemm_gpu can be imported, and on CUDA a page of Triton. Fresh
+ids for everybody in every round (cold rows), drawn outside the time. work: forward; forward+backward; or these and an
+optimizer's update.
 """
 
 import argparse
 import gc
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -103,10 +105,19 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
         tbe = peers.make_tbe(rows, dim, work if updates else "sgd", device=device, weights=weights)
         return Contender(tbe, lambda batch: (batch.ids, batch.offsets), lambda x: tbe(*x), None, is_fused=updates)
 
+    def triton_peer(weights: Tensor | None) -> Contender:
+        from benchmarks.triton_bag import TritonBags
+
+        weights = torch.empty(sum(rows) * dim, device=device).uniform_() if weights is None else weights
+        module = TritonBags(weights, rows, dim, peers.RATE)
+        return Contender(module, lambda batch: batch, module, None, is_fused=updates)
+
     if not updates or work in peers.TORCH_OPTIMIZERS:
         yield "torch, sparse gradients", partial(torch_peer, True)
         if work != "forward" and sum(rows) * dim * 4 <= DENSE_BYTES:
             yield "torch, dense gradients", partial(torch_peer, False)
+    if device != "cpu" and work in ("forward", "sgd") and importlib.util.find_spec("triton"):
+        yield "triton", triton_peer
     if peers.HAS_FBGEMM and (work == "forward" or work in peers.FBGEMM_OPTIMIZERS):
         yield "fbgemm", fbgemm_peer
 

@@ -2,8 +2,9 @@
 
 Forward, loss, backward and both optimizers of the model for Criteo Kaggle (13-512-256-64-16, 26 tables of the real
 33.8 M rows x 16, 367-512-256-1) on uniform fresh ids, against facebookresearch/dlrm (FOLDER: a checkout of it) and
-TorchRec's DLRM over FBGEMM's TBE. Each competitor is a process that builds its model once; they train in turn, a slice
-of steps each, so that a slow moment hits all alike, and sleep between. Batches are made outside the time.
+TorchRec's DLRM over FBGEMM's TBE; with --device cuda against the same model in plain torch. Each competitor is a
+process that builds its model once; they train in turn, a slice of steps each, so that a slow moment hits all alike, and
+sleep between. Batches are made outside the time.
 """
 
 import argparse
@@ -27,6 +28,13 @@ OURS = {  # name -> overrides of train.py's configuration
     "ours hashed 0.1": ["embedding=hashed", "compression=0.1"],
     "ours hashed 0.1 bf16": ["embedding=hashed", "compression=0.1", "precision=bf16"],
 }
+ON_GPU = {
+    "ours": [],
+    "ours, no graph": ["trainer.cuda_graph=false"],
+    "ours bf16": ["precision=bf16"],
+    "ours hashed 0.1": ["embedding=hashed", "compression=0.1"],
+}
+PLAIN = ("plain torch", "plain torch, dense part compiled")
 SHORT = "--divide 10 --optimizers rowwise_adagrad --batches 2048 --rounds 6 --seconds 0.4"
 MIB = 1 << 20
 
@@ -36,7 +44,8 @@ class Worker:
 
     def __init__(self, name: str, kind: str, optimizer: str, rows: list[int], options: argparse.Namespace) -> None:
         folder = str(Path(options.facebook).resolve()) if options.facebook else ""
-        spec = {"name": name, "optimizer": optimizer, "rows": rows, "overrides": OURS.get(name, []), "folder": folder}
+        spec = {"name": name, "optimizer": optimizer, "rows": rows, "overrides": overrides(options).get(name, [])}
+        spec |= {"folder": folder, "device": options.device}
         command = [sys.executable, "-m", "benchmarks.step_worker", json.dumps({"kind": kind, "spec": spec})]
         self.name, self.errors = name, tempfile.TemporaryFile("w+")
         root = Path(__file__).parents[1]
@@ -62,9 +71,16 @@ class Worker:
         self.process.wait()
 
 
+def overrides(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Name of each of ours -> overrides of train.py's configuration."""
+    return OURS if options.device == "cpu" else ON_GPU
+
+
 def competitors(options: argparse.Namespace) -> dict[str, str]:
     """Name -> kind, of those that can run here; who cannot is said."""
-    found = dict.fromkeys((name for name in OURS if name in options.ours), "ours")
+    found = {name: "ours" for name in overrides(options) if options.ours is None or name in options.ours}
+    if options.device != "cpu":
+        return found | dict.fromkeys(PLAIN, "plain")
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print("bf16 is left out: this processor has no instructions for it, so it takes far longer than fp32")
         found = {name: kind for name, kind in found.items() if "bf16" not in name}
@@ -103,20 +119,21 @@ def compare(workers: dict[str, Worker], batch_size: int, options: argparse.Names
 
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
-    if "ours" not in options.ours:
+    if options.ours is not None and "ours" not in options.ours:
         raise ValueError(
             f"--ours={','.join(options.ours)}: `ours` itself, which the others are compared with, is not in"
         )
     rows = [-(-n // options.divide) for n in KAGGLE]
+    batches = options.batches or ([128, 2048, 8192] if options.device == "cpu" else [2048, 8192, 65536])
     kinds = competitors(options)
-    progress, results = Progress(len(options.optimizers) * len(options.batches)), []
+    progress, results = Progress(len(options.optimizers) * len(batches)), []
     for optimizer in options.optimizers:
         workers: dict[str, Worker] = {}
         try:
             for name, kind in kinds.items():
                 print(f"{optimizer}: building {name}", flush=True)
                 workers[name] = Worker(name, kind, optimizer, rows, options)
-            for batch_size in options.batches:
+            for batch_size in batches:
                 cell = [{"optimizer": optimizer} | row for row in compare(workers, batch_size, options)]
                 results += cell
                 speeds = ", ".join(f"{row['name']} {row['samples_per_second']:,}" for row in cell)
@@ -124,7 +141,7 @@ def main(arguments: list[str] | None = None) -> Path:
         finally:
             for worker in workers.values():
                 worker.stop()
-        path = record("step", "cpu", results, command=options.command, rows_of_tables=sum(rows))
+        path = record("step", options.device, results, command=options.command, rows_of_tables=sum(rows))
     print(f"written to {path}")
     return path
 
@@ -133,8 +150,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, rounds=15, seconds=1.0)
     parser.add_argument("--facebook", help="folder of a checkout of facebookresearch/dlrm")
     parser.add_argument("--optimizers", type=words, default=list(OPTIMIZERS))
-    parser.add_argument("--batches", type=integers, default=[128, 2048, 8192])
-    parser.add_argument("--ours", type=words, default=list(OURS))
+    parser.add_argument("--batches", type=integers)
+    parser.add_argument("--ours", type=words, help="of ours those with these names; by default all")
     parser.add_argument("--divide", type=int, default=1, help="the tables' rows by this")
     return read_options(parser, "step", arguments, SHORT)
 

@@ -1,8 +1,8 @@
 """One competitor of benchmarks.step, in a process of its own: builds its model once, then trains as it is told.
 
 Says whether updates are fused, when it is built. Then reads lines of JSON, {"batch_size": B, "steps": k}, and answers
-each with one: seconds of the k steps, of batches made before the time runs, and the peak of the process. Between them
-it waits for a line, which takes no processor time.
+each with one: seconds of the k steps, of batches made before the time runs, on a GPU their mean, and the peak of the
+process. Between them it waits for a line, which takes no processor time.
 """
 
 import atexit
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +45,13 @@ class Spec(NamedTuple):
     rows: list[int]
     overrides: list[str]  # of train.py's configuration
     folder: str  # of facebookresearch/dlrm
+    device: str
 
 
 class Training(NamedTuple):
     """ready: what samples become before the time runs; step: takes that; is_fused: backward updates the embeddings."""
 
+    model: nn.Module
     ready: Callable[[Samples], object]
     step: Callable[[object], None]
     is_fused: bool
@@ -72,6 +74,7 @@ def ours(spec: Spec) -> Training:
     cardinalities = {f"C{i}": n for i, n in enumerate(spec.rows, 1)}
     dense = "sgd" if spec.optimizer == "sgd" else "adagrad"
     choices = ["model=dlrm_kaggle", f"optimizer={dense}", f"optimizer/embedding={spec.optimizer}", *spec.overrides]
+    choices.append(f"device={spec.device}")
     with initialize_config_dir(str(train.CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", [*choices, "hydra.sweep.dir=none"]), resolve=True)
     native.load(config["native"])
@@ -79,7 +82,7 @@ def ours(spec: Spec) -> Training:
     settings = TrainerSettings(**config["trainer"], **{key: config[key] for key in keys})
     chosen = train.Backends(config, list(cardinalities)).choose(cardinalities)
     bags = EmbeddingBags(chosen, cardinalities, pooling=config["pooling"], seed=0)
-    model = train.build("model", config["model"])(bags, NUM_DENSE)
+    model = train.build("model", config["model"])(bags, NUM_DENSE).to(spec.device)
     linear.use(model, linear.choose(config["linear"], device=config["device"], precision=config["precision"]))
     make_dense, make_embedding = train.optimizers(config["optimizer"])
     optimizer = make_embedding(bags.parameters())
@@ -100,9 +103,64 @@ def ours(spec: Spec) -> Training:
     trainer.progress = Progress(1, 0)
 
     def ready(samples: Samples) -> Batch:
-        return Batch(samples.dense, samples.ids.int().flatten(), None, samples.labels)  # int32, as our data sets give
+        fields = samples.dense, samples.ids.int().flatten(), samples.labels  # int32, as our data sets give
+        dense, ids, labels = (field.to(spec.device) for field in fields)
+        return Batch(dense, ids, None, labels)
 
-    return Training(ready, trainer._train_step, is_fused)
+    return Training(model, ready, trainer._train_step, is_fused)
+
+
+class Plain(nn.Module):
+    """The model in torch's own operations, those of facebookresearch/dlrm: an nn.EmbeddingBag per feature with sparse
+    gradients, bmm and the lower triangle by index for the interaction. compiles: torch.compile makes the dense part."""
+
+    def __init__(self, rows: list[int], device: str, *, compiles: bool):
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(n, DIM, mode="sum", sparse=True, device=device) for n in rows)
+        self.bottom = layers([NUM_DENSE, *BOTTOM], nn.ReLU(), device)
+        num_vectors = len(rows) + 1
+        self.top = layers([num_vectors * (num_vectors - 1) // 2 + DIM, *TOP], nn.Identity(), device)
+        self.pairs = torch.tril_indices(num_vectors, num_vectors, -1, device=device)
+        self.rest = torch.compile(self._rest) if compiles else self._rest
+
+    def forward(self, dense: Tensor, ids: list[Tensor], offsets: Tensor) -> Tensor:
+        """Logits [B]. ids: [B] of each feature; offsets: [B]."""
+        return self.rest(dense, [bag(x, offsets) for bag, x in zip(self.bags, ids, strict=True)])
+
+    def _rest(self, dense: Tensor, embedded: list[Tensor]) -> Tensor:
+        bottom = self.bottom(dense)
+        vectors = torch.stack([bottom, *embedded], 1)
+        products = torch.bmm(vectors, vectors.transpose(1, 2))[:, self.pairs[0], self.pairs[1]]
+        return self.top(torch.cat([bottom, products], 1)).squeeze(1)
+
+
+def layers(widths: list[int], last: nn.Module, device: str) -> nn.Sequential:
+    """Linear layers with ReLU between, and `last` after the last one."""
+    linear = [nn.Linear(a, b, device=device) for a, b in zip(widths, widths[1:], strict=False)]
+    return nn.Sequential(*(part for layer in linear[:-1] for part in (layer, nn.ReLU())), linear[-1], last)
+
+
+def plain(spec: Spec) -> Training:
+    """The same model as anybody would write it in torch; the embeddings' optimizer is torch's SGD or Adagrad."""
+    model = Plain(spec.rows, spec.device, compiles="compiled" in spec.name)
+    make = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.Adagrad
+    embeddings = make(model.bags.parameters(), lr=peers.RATE)
+    optimizers = [embeddings, make([*model.bottom.parameters(), *model.top.parameters()], lr=peers.RATE)]
+
+    def ready(samples: Samples) -> tuple:
+        offsets = torch.arange(samples.ids.shape[1], device=spec.device)
+        dense, ids, labels = (field.to(spec.device) for field in samples)
+        return dense, list(ids), offsets, labels
+
+    def step(batch: tuple) -> None:
+        *inputs, labels = batch
+        loss = nn.functional.binary_cross_entropy_with_logits(model(*inputs), labels)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return Training(model, ready, step, False)
 
 
 def facebook(spec: Spec) -> Training:
@@ -138,7 +196,7 @@ def facebook(spec: Spec) -> Training:
         optimizer.step()
         scheduler.step()
 
-    return Training(ready, step, False)
+    return Training(net, ready, step, False)
 
 
 def torchrec(spec: Spec) -> Training:
@@ -179,10 +237,15 @@ def torchrec(spec: Spec) -> Training:
         loss.backward()
         optimizer.step()
 
-    return Training(ready, step, True)
+    return Training(model, ready, step, True)
 
 
-MAKERS: dict[str, Callable[[Spec], Training]] = {"ours": ours, "facebook": facebook, "torchrec": torchrec}
+MAKERS: dict[str, Callable[[Spec], Training]] = {
+    "ours": ours,
+    "plain": plain,
+    "facebook": facebook,
+    "torchrec": torchrec,
+}
 
 
 def make_samples(rows: list[int], batch_size: int, generator: np.random.Generator) -> Samples:
@@ -207,19 +270,38 @@ def main() -> None:
     np.random.seed(0)
     generator = np.random.default_rng(0)
     memory.keep_heap()
-    ready, step, is_fused = MAKERS[kind](spec)
+    _, ready, step, is_fused = MAKERS[kind](spec)
     gc.collect()
-    memory.reset_peak("cpu")
+    memory.reset_peak(spec.device)
     print(json.dumps({"fused": is_fused}), file=answers, flush=True)
     for command in commands():
-        seconds = []
-        for _ in range(WARM_UP + command["steps"]):
-            batch = ready(make_samples(spec.rows, command["batch_size"], generator))
-            began = time.perf_counter()
-            step(batch)
-            seconds.append(time.perf_counter() - began)
-        answer = {"seconds": seconds[WARM_UP:], "peak_bytes": memory.peak_bytes("cpu")}
+        batch_size = command["batch_size"]
+        batches = (ready(make_samples(spec.rows, batch_size, generator)) for _ in range(WARM_UP + command["steps"]))
+        seconds = on_cpu(step, batches) if spec.device == "cpu" else on_gpu(step, list(batches), spec.device)
+        answer = {"seconds": seconds, "peak_bytes": memory.peak_bytes(spec.device)}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def on_cpu(step: Callable[[object], None], batches: Iterable[object]) -> list[float]:
+    """Seconds of each step after the first WARM_UP."""
+    seconds = []
+    for batch in batches:
+        began = time.perf_counter()
+        step(batch)
+        seconds.append(time.perf_counter() - began)
+    return seconds[WARM_UP:]
+
+
+def on_gpu(step: Callable[[object], None], batches: list[object], device: str) -> list[float]:
+    """The mean of all steps after the first WARM_UP, once: they overlap with the host, which waits at the end alone."""
+    for batch in batches[:WARM_UP]:
+        step(batch)
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for batch in batches[WARM_UP:]:
+        step(batch)
+    torch.cuda.synchronize(device)
+    return [(time.perf_counter() - began) / len(batches[WARM_UP:])]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
 
+from benchmarks import predicted
 from benchmarks.measure import RESULTS
 from dlrm.report import markdown_table
 
@@ -132,6 +133,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "growth": growth,
     "grids": grids,
 }
+COMPUTED = {"predicted": predicted.table}  # of no result
 
 
 def _interval(ratio: list[float] | None) -> str:
@@ -150,6 +152,8 @@ def _time(microseconds: float | None) -> str:
 
 def text_of(name: str, folder: Path) -> str:
     """The tables of one benchmark on every device it was recorded on, each under a line that says how."""
+    if name in COMPUTED:
+        return f"\n{COMPUTED[name]()}\n\n"
     parts = []
     for path in (folder / f"{name}-{device}.json" for device in ("cpu", "cuda")):
         if path.exists():

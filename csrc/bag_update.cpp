@@ -23,6 +23,7 @@ class Updater : public Sink<typename Accumulator<weight_t>::type> {
         lr_(static_cast<real>(step.lr)),
         weight_decay_(static_cast<real>(step.weight_decay)),
         eps_(static_cast<real>(step.eps)),
+        draw_(static_cast<int64_t>(step.draw)),
         squares_(unit) {}
 
   void prefetch(const int64_t* slots, int64_t count) override {
@@ -59,7 +60,7 @@ class Updater : public Sink<typename Accumulator<weight_t>::type> {
       return weight_decay_ == 0 ? sum[z] : sum[z] + static_cast<real>(w[z]) * weight_decay_;
     };
     const auto subtract = [&](int64_t z, real change) {
-      embeddings::put(w + z, static_cast<real>(w[z]) - change, step_.draw, at + z);
+      w[z] = rounded<weight_t>(static_cast<real>(w[z]) - change, draw_, at + z);
     };
     if constexpr (kRule == kSgd) {
       for (int64_t z = 0; z < size; ++z) subtract(z, gradient(z) * lr_);
@@ -97,6 +98,7 @@ class Updater : public Sink<typename Accumulator<weight_t>::type> {
   const int64_t begin_, width_, unit_;
   const Step step_;
   const real lr_, weight_decay_, eps_;
+  const int64_t draw_;
   std::vector<real> squares_;
 };
 
@@ -155,11 +157,10 @@ void with_rule(int64_t rule, const Function& function) {
 void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first, std::optional<Tensor> second,
                 const Tensor& ids, std::optional<Tensor> offsets, std::optional<Tensor> sample_weights,
                 const Tensor& tables, int64_t probes, int64_t chunks, int64_t index_map, int64_t combine,
-                int64_t pooling, int64_t rule, double lr, double weight_decay, double eps, double beta1, double beta2,
-                double correction, int64_t draw, Names features) {
+                int64_t pooling, int64_t rule, const Tensor& numbers, Names features) {
   const Call call = make_backward_call(grad, weights, ids, offsets, sample_weights, tables,
                                        {probes, chunks, index_map, combine, pooling}, features);
-  check_state(weights, first, second, rule);
+  check_state(weights, first, second, rule, numbers);
   const std::vector<Slice> slices = check_tables(call, Columns::kSome);
   const Tensor dense = summable(grad, weights);
   with_dtype(weights.scalar_type(), [&](auto weight) {
@@ -167,7 +168,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
     auto* slab = weights.mutable_data_ptr<weight_t>();
     void* first_at = first ? first->mutable_data_ptr() : nullptr;
     void* second_at = second ? second->mutable_data_ptr() : nullptr;
-    const Step step{lr, weight_decay, eps, beta1, beta2, correction, draw};
+    const Step& step = *static_cast<const Step*>(numbers.const_data_ptr());
     update<weight_t>(call, slices, dense, [&](const Touches::Part& part) {
       std::unique_ptr<Sink<typename Accumulator<weight_t>::type>> updater;
       with_rule(rule, [&](auto known) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -25,13 +26,41 @@ struct Place {
 };
 inline Place blockIdx, threadIdx, gridDim, blockDim;
 
+// A group's results of `over_lanes`, by its number and that of the call.
+inline std::map<std::pair<int64_t, int64_t>, double> group_results;
+inline int64_t group_calls;  // of this thread
+
 // Few blocks, so that kernels stride over their work; last thread first, so that no result hangs on the order.
 template <typename Kernel>
 void launch_on_host(unsigned blocks, unsigned threads, Kernel kernel) {
   gridDim = {std::min(blocks, 3u)}, blockDim = {threads};
+  group_results.clear();
   for (blockIdx = {gridDim.x}; blockIdx.x-- > 0;) {
-    for (threadIdx = {threads}; threadIdx.x-- > 0;) kernel();
+    for (threadIdx = {threads}; threadIdx.x-- > 0;) {
+      group_calls = 0;
+      kernel();
+    }
   }
+}
+
+// As bag_update.cu's: the group's first thread to come does it for all lanes.
+template <typename real, int kVector, typename Group, typename Partial, typename Finish>
+real over_lanes(const Group& group, Partial partial, Finish finish) {
+  const auto [result, is_first] = group_results.try_emplace({group.index, group_calls++});
+  if (is_first) {
+    struct Numbers {
+      real at[kVector];
+    };
+    std::vector<Numbers> lanes(group.lanes);
+    for (int lane = 0; lane < group.lanes; ++lane) partial(lane, lanes[lane].at);
+    for (int half = group.lanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        for (int i = 0; i < kVector; ++i) lanes[lane].at[i] += lanes[lane + half].at[i];
+      }
+    }
+    result->second = finish(lanes[0].at);
+  }
+  return static_cast<real>(result->second);
 }
 
 // A kernel whose threads share memory goes in steps: each(step) is a loop over the threads of the block, and what
@@ -143,9 +172,9 @@ struct DoubleBuffer {
 };
 
 struct DeviceRadixSort {
-  static cudaError_t SortPairs(void* memory, size_t& bytes, DoubleBuffer<uint64_t>& keys,
-                               DoubleBuffer<uint64_t>& values, int64_t count, int begin_bit, int end_bit,
-                               cudaStream_t) {
+  template <typename value_t>
+  static cudaError_t SortPairs(void* memory, size_t& bytes, DoubleBuffer<uint64_t>& keys, DoubleBuffer<value_t>& values,
+                               int64_t count, int begin_bit, int end_bit, cudaStream_t) {
     bytes = 1;
     if (memory == nullptr) return cudaSuccess;
     const uint64_t mask = end_bit - begin_bit < 64 ? (uint64_t{1} << (end_bit - begin_bit)) - 1 : ~uint64_t{0};

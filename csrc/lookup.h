@@ -100,6 +100,20 @@ __device__ void store(number_t* to, const real (&from)[kVector]) {
   }
 }
 
+// Calls function(std::integral_constant<int, kVector>, d) for every pack d.. of kVector numbers that is this lane's, of
+// the first `size` of a vector whose slots are `width` wide. No pack crosses a slot's end.
+template <typename number_t, typename Function>
+__device__ void for_each_pack(const Group& group, int64_t width, int64_t size, Function function) {
+  constexpr int kWide = 16 / sizeof(number_t);
+  if (width % kWide == 0) {
+    for (int d = group.lane * kWide; d < size; d += group.lanes * kWide) {
+      function(std::integral_constant<int, kWide>{}, d);
+    }
+  } else {
+    for (int d = group.lane; d < size; d += group.lanes) function(std::integral_constant<int, 1>{}, d);
+  }
+}
+
 template <typename real, int kVector>
 __device__ void scale(real (&v)[kVector], real by) {
   for (int i = 0; i < kVector; ++i) v[i] *= by;
@@ -228,20 +242,6 @@ struct Lookup : Batch<Map> {
   __device__ int64_t parts() const { return kCombines ? 1 : at.probes; }
   __device__ bool is_importance(int64_t k) const { return combine == kWeighted && k == at.probes - 1; }
 
-  // Calls function(std::integral_constant<int, kVector>, d) for every pack d.. of kVector numbers that is this lane's,
-  // of the first `size` of a vector whose slots are `width` wide. No pack crosses a slot's end.
-  template <typename Function>
-  __device__ static void for_each_pack(const Group& group, int64_t width, int64_t size, Function function) {
-    constexpr int kWide = 16 / sizeof(weight_t);
-    if (width % kWide == 0) {
-      for (int d = group.lane * kWide; d < size; d += group.lanes * kWide) {
-        function(std::integral_constant<int, kWide>{}, d);
-      }
-    } else {
-      for (int d = group.lane; d < size; d += group.lanes) function(std::integral_constant<int, 1>{}, d);
-    }
-  }
-
   __device__ Slot slot(const Table& table, int64_t id, int chunk) const {
     const Read read = map.read(table, map.key(table, id), chunk);
     return {slab + table.begin + read.slot * table.width, read.negative};
@@ -322,7 +322,7 @@ struct Lookup : Batch<Map> {
   __device__ real importance_contribution(const Bag& bag, int64_t n, int64_t k) const {
     const Table& table = at.table(bag.f, k);
     OrderedSum<real, 1> sum;
-    for_each_pack(Group{0, 1, 0, 1}, table.width, table.dim, [&](auto pack, int d) {
+    for_each_pack<weight_t>(Group{0, 1, 0, 1}, table.width, table.dim, [&](auto pack, int d) {
       real v[pack], r[pack];
       passed_back(bag, n, table.column, d, v);
       read(table, at.id(n), d, r);

@@ -1,9 +1,11 @@
 """Criteo's two public sets: the Display Advertising Challenge ("Kaggle") file train.txt, 45,840,617 rows of one week,
 11 GB; and the 1TB Click Logs day_0 .. day_23, 4,373,472,329 rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from data.batch import Batch
 from data.checks import check_choice, check_int, check_list
@@ -107,13 +109,10 @@ class Criteo1TB(FileDataset):
         """See FileDataset."""
         return dict(zip(stored_order(self.last), (sum(rows[:-1]), -(-rows[-1] // 2), rows[-1] // 2), strict=True))
 
-    def batches(self, split: str, batch_size: int, *, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def take(self, split: str, index: np.ndarray) -> Batch:
         """See FileDataset."""
-        batches = super().batches(split, batch_size, epoch=epoch, start=start)
-        if self.multi_hot is None:
-            return batches
-        rows = list(self.cardinalities.values())
-        return (multi_hot(batch, self.multi_hot, rows) for batch in batches)
+        batch = super().take(split, index)
+        return batch if self.multi_hot is None else multi_hot(batch, self.multi_hot, list(self.cardinalities.values()))
 
     def _day(self, number: int) -> Path:
         """The file of a day, in whichever form is there."""

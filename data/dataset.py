@@ -6,6 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import torch
 
 from data.batch import Batch
 from data.checks import check_bool, check_choice, check_int, check_keys
@@ -67,7 +69,7 @@ class FileDataset:
         stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.name)
         self.folder = Path(self.cache) / f"{stem}-{self.fingerprint[:16]}"
         self._prepared: Prepared | None = None
-        self._keep_unseen: set[str] = set()
+        self._limits: torch.Tensor | None = None
 
     def open(self) -> tuple[str, Schema]:
         """The name to print, and what the columns of the files mean; reads no more than their first lines."""
@@ -97,7 +99,8 @@ class FileDataset:
                 f"data.cache={self.cache} (which is $DLRM_DATA unless set): preparing there failed: {error}; name a "
                 "folder that can be written, with room for the arrays"
             ) from error
-        self._prepared, self._keep_unseen = Prepared(self.folder), set(keep_unseen)
+        self._prepared = Prepared(self.folder)
+        self._limits = self._prepared.limits(set(keep_unseen))
 
     @property
     def prepared(self) -> Prepared:
@@ -124,15 +127,17 @@ class FileDataset:
         """Batches of a split from sample `start` on; the last may be smaller. Train is shuffled, a pure function of
         (shuffle_seed, epoch); valid and test come in the order of the split (time, chance or place in the file)."""
         check_keys("split", [split], SPLITS)
-        return self.prepared.batches(
-            split,
-            batch_size,
-            epoch=epoch,
-            start=start,
-            seed=self.shuffle_seed,
-            block=self.shuffle_block if self.shuffle else None,
-            keep_unseen=self._keep_unseen,
-        )
+        picks = self.picks(split, batch_size, epoch=epoch, start=start)
+        return (self.take(split, index) for index in picks)
+
+    def picks(self, split: str, batch_size: int, *, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+        """The samples of each of these batches, by their numbers in the split."""
+        block = self.shuffle_block if self.shuffle else None
+        return self.prepared.picks(split, batch_size, epoch=epoch, start=start, seed=self.shuffle_seed, block=block)
+
+    def take(self, split: str, index: np.ndarray) -> Batch:
+        """Samples of a split as a batch."""
+        return self.prepared.take(split, index, self._limits)
 
     def best_possible_auc(self, split: str) -> None:
         """None: only synthetic data knows."""

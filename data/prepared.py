@@ -147,11 +147,6 @@ def stored_order(last: str) -> tuple[str, str, str]:
     return ("train", "valid", "test") if last == "test" else ("train", "test", "valid")
 
 
-def in_order(count: int, *, start: int) -> Iterator[np.ndarray]:
-    """Index arrays that together are range(start, count)."""
-    yield from (np.arange(i, min(i + CHUNK_ROWS, count)) for i in range(start, count, CHUNK_ROWS))
-
-
 def in_batches(indices: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
     """The same indices in arrays of batch_size; the last may be shorter."""
     rest = np.zeros(0, np.int64)
@@ -186,36 +181,28 @@ class Prepared:
         # as a plain array: memmap's own class makes every look at it slower
         return np.asarray(np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape))
 
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        *,
-        epoch: int,
-        start: int,
-        seed: int,
-        block: int | None,
-        keep_unseen: set[str],
-    ) -> Iterator[Batch]:
-        """Batches of a split from sample `start` on: train shuffled by (seed, epoch) unless block is None, the others
-        in stored order. Ids that training never had become 0, except in the features of keep_unseen."""
+    def picks(
+        self, split: str, batch_size: int, *, epoch: int, start: int, seed: int, block: int | None
+    ) -> Iterator[np.ndarray]:
+        """The samples of each batch of a split, by their numbers in it, from sample `start` on: train shuffled by
+        (seed, epoch) unless block is None, the others in stored order."""
         count = self.num_samples[split]
+        if split != "train" or block is None:
+            return (np.arange(edge, min(edge + batch_size, count)) for edge in range(start, count, batch_size))
+        order = shuffled(count, seed=seed, epoch=epoch, block=block, start=start)
+        # ascending reads; the sum over a batch has no order
+        return (np.sort(index) for index in in_batches(order, batch_size))
+
+    def limits(self, keep_unseen: set[str]) -> torch.Tensor:
+        """Of each feature the first id [F] that becomes 0, since training never had it: in keep_unseen none."""
+        limits = [KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()]
+        return torch.tensor(limits, dtype=torch.int32)
+
+    def take(self, split: str, index: np.ndarray, limits: torch.Tensor) -> Batch:
+        """Samples of a split as a Batch. limits: of `limits`."""
         before = takewhile(split.__ne__, stored_order(self.manifest["last"]))
         first = sum(self.num_samples[name] for name in before)
-        limits = [KEEP_ALL if f in keep_unseen else n for f, n in self.cardinalities.items()]
-        limits = torch.tensor(limits, dtype=torch.int32)  # [F]
-        if split == "train":
-            if block is None:
-                order = in_order(count, start=start)
-            else:
-                order = shuffled(count, seed=seed, epoch=epoch, block=block, start=start)
-            # ascending reads; the sum over a batch has no order
-            picks = (np.sort(index) for index in in_batches(order, batch_size))
-        else:
-            edges = range(start, count, batch_size)
-            picks = (np.arange(first + edge, first + min(edge + batch_size, count)) for edge in edges)
-        for index in picks:
-            yield self._batch(index, limits)
+        return self._batch(index + first if first else index, limits)
 
     def _batch(self, index: np.ndarray, limits: torch.Tensor) -> Batch:
         """The rows index [B] as a Batch; limits [F]: the first id of each feature that becomes 0."""

@@ -116,22 +116,30 @@ class Synthetic:
 
     def batches(self, split: str, batch_size: int, *, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of a split from sample `start` on; the last may be smaller. Valid and test ignore the epoch."""
+        picks = self.picks(split, batch_size, epoch=epoch, start=start)
+        return (self.take(split, index) for index in picks)
+
+    def picks(self, split: str, batch_size: int, *, epoch: int = 0, start: int = 0) -> Iterator[np.ndarray]:
+        """The samples of each of these batches, by their numbers in the split."""
         check_keys("split", [split], self.num_samples)
-        assert self._calibrated, "prepare() comes first"
         count = self.num_samples[split]
         step, shift = self._order(epoch, count) if split == "train" else (1, 0)
         for first in range(start, count, batch_size):
             position = np.arange(first, min(first + batch_size, count), dtype=np.uint64)
-            indices = (position * np.uint64(step) + np.uint64(shift)) % np.uint64(count)
-            normal, ids, labels, _ = self._samples(split, indices)
-            ids = np.minimum(ids, self._kept - 1)
-            dense = np.log1p(np.exp(normal)).T  # log1p of a log-normal count, as Criteo's after its transform
-            yield Batch(
-                dense=torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)),
-                ids=torch.from_numpy(ids.astype(np.int32).reshape(-1)),
-                offsets=None,
-                labels=torch.from_numpy(labels.astype(np.float32)),
-            )
+            yield (position * np.uint64(step) + np.uint64(shift)) % np.uint64(count)
+
+    def take(self, split: str, index: np.ndarray) -> Batch:
+        """Samples of a split as a batch."""
+        assert self._calibrated, "prepare() comes first"
+        normal, ids, labels, _ = self._samples(split, index.astype(np.uint64))
+        ids = np.minimum(ids, self._kept - 1)
+        dense = np.log1p(np.exp(normal)).T  # log1p of a log-normal count, as Criteo's after its transform
+        return Batch(
+            dense=torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)),
+            ids=torch.from_numpy(ids.astype(np.int32).reshape(-1)),
+            offsets=None,
+            labels=torch.from_numpy(labels.astype(np.float32)),
+        )
 
     def best_possible_auc(self, split: str) -> float:
         """AUC of the teacher's own probabilities on the samples of this split; no model does better but by luck.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dlrm.feed import on_device
 from dlrm.metrics import Metrics, exact_auc
 from dlrm.model import DLRM
 from dlrm.settings import TrainerSettings
@@ -64,7 +65,7 @@ def evaluate(
     found = Evaluation(Metrics(settings.device), torch.empty(num_kept), torch.empty(num_kept, dtype=torch.uint8))
     was_training = model.training
     model.eval()
-    for batch in dataset.batches(split, settings.eval_batch_size):
+    for batch in on_device(dataset.batches(split, settings.eval_batch_size), settings.device):
         check()
         logits, labels = predict(model, batch, settings)
         found.metrics.update(logits, labels)

@@ -7,7 +7,7 @@ from math import cos, pi
 import torch
 
 DECAYS = ("constant", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class TrainerSettings:
     average_from: float | None  # evaluate the mean of the weights since this share of the steps; None: the last ones
     save_checkpoint: bool  # at the end of the run; false: no weights stay
     keep_best: bool  # on the disk, while the run lasts: the weights of the best eval/auc, to measure test/* on them too
-    precision: str  # of the dense layers: fp32, or bf16 autocast; logits and loss are fp32
+    cuda_graph: bool | str  # on CUDA one graph per step: auto (where it can hold the step), true or false
+    precision: str  # of the dense layers: fp32, tf32 (CUDA: products of 10 bits), or bf16 autocast; the loss is fp32
     device: str
     deterministic: bool
 
@@ -45,11 +46,17 @@ class TrainerSettings:
                 raise ValueError(f"{key}={value}: must be true or false")
         if self.average_from is not None:
             _check_share("average_from", self.average_from)
+        if self.cuda_graph not in (True, False, "auto"):
+            raise ValueError(f"trainer.cuda_graph={self.cuda_graph}: must be auto, true or false")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("trainer.epochs and trainer.max_steps are both null: give one, or the run never ends")
         _check_choice("trainer.decay", self.decay, DECAYS)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_device(self.device)
+        if self.cuda_graph is True and torch.device(self.device).type != "cuda":
+            raise ValueError(f"trainer.cuda_graph=true: needs device=cuda, not {self.device}")
+        if self.precision == "tf32" and torch.device(self.device).type != "cuda":
+            raise ValueError(f"precision=tf32: needs device=cuda, not {self.device}")
 
     def num_steps(self, num_samples: int) -> int:
         """Steps of the whole run when an epoch has num_samples samples (the last, smaller batch is a step too)."""

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from dlrm.average import WeightAverage
 from dlrm.best import BestWeights
 from dlrm.board import NUM_SAMPLES, add_feature_histograms
 from dlrm.evaluation import Evaluation, evaluate, predict
+from dlrm.feed import on_device
+from dlrm.graph import DenseStep, GraphedStep, cuda_capture
 from dlrm.interrupt import Interrupt, Stop
 from dlrm.log import RunLog
 from dlrm.model import DLRM
@@ -69,6 +71,8 @@ class Trainer:
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
         self.has_warned = False
         self.interrupt, self.progress = Interrupt(), None
+        uses_graph = settings.cuda_graph is not False and torch.device(settings.device).type == "cuda"
+        self.run_step = self._graphed_step() if uses_graph else self._eager_step
 
     def resume(self, path: str) -> None:
         """Goes on from the newest checkpoint at path: a run's folder, its checkpoints folder, or one checkpoint.
@@ -105,7 +109,7 @@ class Trainer:
             when = "never reaches its value" if warmup > self.num_steps else "reaches its value only at the last step"
             print(f"the learning rate {when}: warm-up takes {warmup:,} of {self.num_steps:,} steps")
         try:
-            with _deterministic(self.settings.deterministic), self.interrupt:
+            with _deterministic(self.settings.deterministic), _products(self.settings.precision), self.interrupt:
                 self._train_steps()
                 if self.settings.save_checkpoint:
                     results |= self._save()
@@ -147,7 +151,7 @@ class Trainer:
         settings = self.settings
         self.model.train()
         batches = self.dataset.batches("train", settings.batch_size, epoch=self.epoch, start=self.sample)
-        for batch in batches:
+        for batch in on_device(batches, settings.device):
             self._train_step(batch)
             is_last = self.step == self.num_steps or self.interrupt.requested
             if self.step % settings.log_every == 0 or is_last:
@@ -165,23 +169,51 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             for group, rate in zip(optimizer.param_groups, self.full_rates[name], strict=True):
                 group["lr"] = rate * factor
-        logits, labels = predict(self.model, batch, self.settings)
-        loss = F.binary_cross_entropy_with_logits(logits, labels)
-        if not loss.is_cuda:  # there a look would wait for the device: see _add_training
-            self._check_finite(loss, batch)
-        loss.backward()
-        self.gradient_bytes = max(self.gradient_bytes, memory.gradient_bytes(self.model.embeddings.parameters()))
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
+        self.run_step(batch)
         self.step += 1
         if self.average is not None and self.step > self.settings.average_from * self.num_steps:
             self.average.step()
         self.sample += len(batch.labels)
         self.num_samples += len(batch.labels)
-        self.loss_sum += loss.detach()
         self.num_losses += 1
         self.progress.advance(len(batch.labels))
+
+    def _eager_step(self, batch: "Batch") -> None:
+        self._backward(batch)
+        self.gradient_bytes = max(self.gradient_bytes, memory.gradient_bytes(self.model.embeddings.parameters()))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _backward(self, batch: "Batch") -> None:
+        """Forward, loss and backward, in which fused embeddings step too. On CUDA nothing here waits for the device."""
+        logits, labels = predict(self.model, batch, self.settings)
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        if not loss.is_cuda:  # there a look would wait for the device: see _add_training
+            self._check_finite(loss, batch)
+        loss.backward()
+        self.loss_sum += loss.detach()
+
+    def _graphed_step(self, capture=cuda_capture) -> Callable[["Batch"], None]:
+        """The step as replays of a CUDA graph, or, saying why, as it is. Raises ValueError if a graph was asked for."""
+        dense_optimizer, embedding_optimizer = self.optimizers.values()
+        try:
+            if not self.model.embeddings.is_fused:
+                raise ValueError("the embeddings' step outside the backward pass (optimizer.fused=true)")
+            dense_step = DenseStep(dense_optimizer)
+        except ValueError as error:
+            if self.settings.cuda_graph is True:
+                raise ValueError(f"trainer.cuda_graph=true: a graph cannot hold {error}") from error
+            print(f"cuda graph: none, steps are launched one by one: a graph cannot hold {error}")
+            return self._eager_step
+
+        def launch(batch: "Batch") -> None:
+            self._backward(batch)
+            dense_step()
+            dense_optimizer.zero_grad()
+
+        how = {"prepare": dense_step.prepare, "counted": embedding_optimizer.counted, "capture": capture}
+        return GraphedStep(launch, **how)
 
     def _check_finite(self, loss: Tensor, batch: "Batch") -> None:
         if not torch.isfinite(loss):
@@ -364,3 +396,14 @@ def _deterministic(is_on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """Under tf32 CUDA multiplies float32 matrices with 10 bits of each number; elsewhere this has no effect."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -112,6 +112,11 @@ class EmbeddingBags(nn.Module):
         for slab in self.slabs:
             slab.fuse(optimizer)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether an optimizer steps in the backward pass of every slab."""
+        return all(slab.fused for slab in self.slabs)
+
     def raise_noted(self) -> None:
         """Wait for the device and raise RuntimeError if its kernels met a bad id; the CPU raises at once."""
         for slab in self.slabs:

@@ -19,7 +19,7 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     probes, chunks     K, and the most chunks that any table has
     index_map, combine, pooling, accumulate: the numbers below;  features: the names, for errors,
     with reference.SEPARATOR between them
-    first, second      the optimizer's state; rule and the numbers after it: `embeddings.rules`
+    first, second      the optimizer's state; rule, and numbers [7] float64 on the weights' device: a `rules.Step`
 Sums are float32, or float64 of float64 weights. Gradients and per_sample_weights have the dtype of the weights or that
 of sums; bag's result and the weights' gradients have the weights', bag_into's out that of sums.
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
@@ -99,8 +99,7 @@ define(
 define(
     "embeddings::bag_update",
     "(Tensor grad, Tensor(a!) weights, Tensor(b!)? first, Tensor(c!)? second, "
-    f"{_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, int rule, float lr, float weight_decay, float eps, float beta1, "
-    "float beta2, float correction, int draw, str features) -> ()",
+    f"{_BATCH}, {_WEIGHTS}, Tensor tables, {_HOW}, int rule, Tensor numbers, str features) -> ()",
 )
 define("embeddings::raise_noted", "(Tensor weights, str features) -> ()")
 

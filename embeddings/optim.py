@@ -12,13 +12,14 @@ and `step` finds nothing to do for the collection's parameters. Its steps are th
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from embeddings.pages import ask_for_huge_pages
-from embeddings.rules import Rule, Step, accumulator, state_shapes, step_rows
+from embeddings.rules import NUM_NUMBERS, Rule, Step, accumulator, state_shapes, step_rows
 
 PIECE = 1 << 16  # rows
 STATES = {Rule.ADAM: ("mean", "square")}  # names of a rule's states; of the others "sum"
@@ -34,6 +35,8 @@ class _Rows(Optimizer):
             if not value >= 0 or (name == "eps" and value == 0):
                 raise ValueError(f"{name}={value} must {'be above 0' if name == 'eps' else 'not be negative'}")
         super().__init__(params, options)
+        self._numbers: dict[Tensor, Tensor] = {}  # of each parameter that is stepped fused: `numbers` of bag_update
+        self._has_counted = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -71,17 +74,47 @@ class _Rows(Optimizer):
         """Update a slab given the gradient [B, columns] of what was looked up in it.
 
         batch: ids, offsets, per_sample_weights, tables; layout, features: as `embeddings.ops`."""
-        group = next(group for group in self.param_groups if any(one is param for one in group["params"]))
-        (rule, *numbers), states = self._begin(param, group)
-        torch.ops.embeddings.bag_update(grad, param.detach(), *states, *batch, *layout, rule, *numbers, features)
+        if not self._has_counted:
+            self._begin_fused(param)
+        states = [*(self.state[param][name] for name, _ in self._states_of(param)), None, None][:2]
+        numbers = self._numbers[param]
+        torch.ops.embeddings.bag_update(
+            grad, param.detach(), *states, *batch, *layout, int(self.rule), numbers, features
+        )
         torch.autograd.graph.increment_version(param)  # what saved it for a backward pass must not go on with these
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a fused step of every slab that had one before; inside, `step_fused` launches its kernel and no more.
+
+        So a captured step can be replayed: what changes from step to step is where the kernel reads it."""
+        for param in self._numbers:
+            self._begin_fused(param)
+        self._has_counted = True
+        try:
+            yield
+        finally:
+            self._has_counted = False
+
+    @torch.no_grad()
+    def _begin_fused(self, param: Tensor) -> None:
+        """Counts a step, and puts its hyperparameters where the kernel reads them, without waiting for the device."""
+        group = next(group for group in self.param_groups if any(one is param for one in group["params"]))
+        step, _ = self._begin(param, group)
+        if param not in self._numbers:
+            self._numbers[param] = torch.empty(NUM_NUMBERS, dtype=torch.float64, device=param.device)
+        values = torch.tensor(step.numbers(), dtype=torch.float64, pin_memory=param.is_cuda)
+        self._numbers[param].copy_(values, non_blocking=True)
+
+    def _states_of(self, param: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of what is kept for a parameter."""
+        return zip(STATES.get(self.rule, ("sum",)), state_shapes(self.rule, param), strict=False)
 
     def _begin(self, param: Tensor, group: dict) -> tuple[Step, list[Tensor | None]]:
         """Counts a step where one is counted. Returns its hyperparameters and both states, None where there is none."""
         state = self.state[param]
-        names = STATES.get(self.rule, ("sum",))
-        shapes = state_shapes(self.rule, param)
-        for name, shape in zip(names, shapes, strict=False):
+        kept = list(self._states_of(param))
+        for name, shape in kept:
             if name not in state:
                 state[name] = ask_for_huge_pages(param.new_empty(shape, dtype=accumulator(param.dtype))).zero_()
         rounds = param.dtype not in (torch.float32, torch.float64)
@@ -94,7 +127,7 @@ class _Rows(Optimizer):
             lr, correction = lr / (1 - beta1**t), 1 - beta2**t
         decay, eps = group.get("weight_decay", 0.0), group.get("eps", 0.0)
         step = Step(self.rule, lr, decay, eps, beta1, beta2, correction, t)
-        return step, [*(state[name] for name, _ in zip(names, shapes, strict=False)), None, None][:2]
+        return step, [*(state[name] for name, _ in kept), None, None][:2]
 
 
 def _pieces(param: Tensor, rows: Tensor | None, grads: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:

@@ -396,11 +396,11 @@ def bag_backward_rows(grad, weights, ids, offsets, per_sample_weights, tables, *
 
 
 def bag_update(grad, weights, first, second, ids, offsets, per_sample_weights, tables, *layout_step_features) -> None:
-    """One step of the optimizer on the touched units; those of `rules.step`'s arguments are numbers."""
-    layout, (rule, *numbers), features = layout_step_features[:5], layout_step_features[5:-1], layout_step_features[-1]
-    rules.check_state(rule, weights, first, second)
+    """One step of the optimizer on the touched units."""
+    *layout, rule, numbers, features = layout_step_features
+    rules.check_state(rule, weights, first, second, numbers)
     units, values = _touched(grad, weights, ids, offsets, per_sample_weights, tables, Layout(*layout), features)
-    rules.step_rows(rules.Step(rules.Rule(rule), *numbers), weights, units, values, first, second)
+    rules.step_rows(rules.Step.of(rule, numbers), weights, units, values, first, second)
 
 
 def bag_backward_sample_weights(grad, weights, ids, offsets, tables, *layout_features):

@@ -36,6 +36,16 @@ class Step(NamedTuple):
     correction: float  # Adam: 1 - beta2^t
     draw: int  # of the random rounding of 16-bit weights: another number at every step
 
+    @classmethod
+    def of(cls, rule: int, numbers: Tensor) -> "Step":
+        """The inverse of `numbers`."""
+        *others, draw = numbers.tolist()
+        return cls(Rule(rule), *others, int(draw))
+
+    def numbers(self) -> list[float]:
+        """All but the rule, as the operator takes them in a tensor [7] float64."""
+        return [*self[1:-1], float(self.draw)]
+
 
 def state_shapes(rule: Rule, weights: Tensor) -> list[tuple[int, ...]]:
     """Shapes of the states that a rule keeps for weights [S, Z]."""
@@ -48,10 +58,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_state(rule: int, weights: Tensor, first: Tensor | None, second: Tensor | None) -> None:
+NUM_NUMBERS = len(Step._fields) - 1
+
+
+def check_state(rule: int, weights: Tensor, first: Tensor | None, second: Tensor | None, numbers: Tensor) -> None:
     """Raises RuntimeError unless the states fit the rule and the weights."""
     if rule not in list(Rule):
         raise RuntimeError("rule must be 0 (sgd), 1 (adagrad), 2 (row-wise adagrad) or 3 (adam)")
+    kind = numbers.numel(), numbers.dtype, numbers.device
+    if kind != (NUM_NUMBERS, torch.float64, weights.device) or not numbers.is_contiguous():
+        raise RuntimeError("the step's numbers must be 7 contiguous float64 on the weights' device")
     if not weights.is_contiguous():
         raise RuntimeError("weights must be contiguous to be updated")
     shapes = [*state_shapes(Rule(rule), weights), None, None]

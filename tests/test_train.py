@@ -346,7 +346,7 @@ REFUSED = [
     (["native=on"], ["native=on", "auto, require, off"]),
     (["linear=mkl"], ["linear=mkl", "auto, torch, onednn"]),
     (["linear=onednn", "precision=bf16"], ["linear=onednn", "precision=fp32", "linear=auto"]),
-    (["precision=fp16"], ["precision=fp16", "fp32, bf16"]),
+    (["precision=fp16"], ["precision=fp16", "fp32, tf32, bf16"]),
     (["device=gpu"], ["device=gpu", "cpu, cuda"]),
     (["pooling=avg"], ["pooling=avg", "sum, mean, max"]),
     (["deterministic=maybe"], ["deterministic=maybe"]),

@@ -46,7 +46,9 @@ def build(folder, rows=100, seed=0):
 
 def read(folder, split, **options):
     defaults = {"epoch": 0, "start": 0, "seed": 0, "block": 1 << 20, "keep_unseen": {"a", "b", "m"}, "batch_size": 8}
-    return list(Prepared(folder).batches(split, **(defaults | options)))
+    options, data = defaults | options, Prepared(folder)
+    limits = data.limits(options.pop("keep_unseen"))
+    return [data.take(split, index, limits) for index in data.picks(split, **options)]
 
 
 def assert_same(batches, rows):

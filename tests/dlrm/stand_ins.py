@@ -18,6 +18,7 @@ SETTINGS = {
     "warmup_steps": 3,
     "decay": "linear",
     "average_from": None,
+    "cuda_graph": "auto",
     "save_checkpoint": True,
     "keep_best": False,  # it leaves other weights than the last in the model
     "precision": "fp32",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embeddings.index_map import COLUMN
 from embeddings.reference import SEPARATOR
+from embeddings.rules import Rule, Step, accumulator, state_shapes
 
 MAPS = PARTITION, MIXED, SIGNED, AFFINE, MURMUR3 = range(5)
 COMBINES = ADD, MULTIPLY, CONCAT, WEIGHTED = range(4)
@@ -142,11 +143,20 @@ class Case(NamedTuple):
         slab = (self.weights, self.ids, self.offsets, self.tables, *self.how)
         return kernels.bag_backward_sample_weights(grad, *slab, pooling, self.features)
 
-    def update(self, kernels, grad: Tensor, pooling: int) -> Tensor:
-        """The weights after a step of SGD."""
-        weights, numbers = self.weights.clone(), (0, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0)
-        kernels.bag_update(grad, weights, None, None, *self[1:5], *self.how, pooling, *numbers, self.features)
-        return weights
+    def update(
+        self, kernels, grad: Tensor, pooling: int, rule: Rule = Rule.SGD, weight_decay: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """The weights and states after a step."""
+        weights = self.weights.clone()
+        states = [
+            weights.new_full(shape, 0.5, dtype=accumulator(weights.dtype)) for shape in state_shapes(rule, weights)
+        ]
+        numbers = torch.tensor(
+            Step(rule, 0.1, weight_decay, 1e-8, 0.9, 0.99, 0.5, 3).numbers(), dtype=torch.float64, device=weights.device
+        )
+        slab = (weights, *[*states, None, None][:2], *self[1:5])
+        kernels.bag_update(grad, *slab, *self.how, pooling, rule, numbers, self.features)
+        return weights, *states
 
     @property
     def num_features(self) -> int:

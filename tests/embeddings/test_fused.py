@@ -19,6 +19,7 @@ MAKERS = {
 }
 each_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 ROWS = [40, 3000, 700]
+NUMBERS = torch.tensor([0.1, 0.0, 1e-8, 0.9, 0.99, 1.0, 0.0], dtype=torch.float64)
 
 
 def train(bags: EmbeddingBags, make, *, fused: bool, steps=4, weighted=False, one_id=False, **how):
@@ -202,10 +203,9 @@ def test_states_that_do_not_fit_are_refused():
     batch = (torch.arange(40), None, None, slab.tables)
     _, *how = slab.layout
 
-    def update(first, second, rule):
+    def update(first, second, rule, numbers=NUMBERS):
         grad, weights = torch.ones(40, DIM), slab.weight.detach()
-        numbers = (0.1, 0.0, 1e-8, 0.9, 0.99, 1.0, 0)
-        torch.ops.embeddings.bag_update(grad, weights, first, second, *batch, *how, rule, *numbers, "C1")
+        torch.ops.embeddings.bag_update(grad, weights, first, second, *batch, *how, rule, numbers, "C1")
 
     wrong = [
         (torch.zeros(40), None, rules.Rule.SGD),
@@ -221,25 +221,29 @@ def test_states_that_do_not_fit_are_refused():
             update(first, second, rule)
     with pytest.raises(RuntimeError, match="rule must be 0"):
         update(None, None, 4)
+    for numbers in (NUMBERS[1:], NUMBERS.float(), NUMBERS.repeat_interleave(2)[::2]):
+        with pytest.raises(RuntimeError, match="the step's numbers must be 7 contiguous float64"):
+            update(None, None, rules.Rule.SGD, numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", rules.Rule, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("name", ["hashed", "hashed-sign=True", "bloom-num_hashes=4-combine=learned", "qr"])
-def test_the_compiled_update_equals_the_reference(native_kernels, name, rule, dtype):
+def test_the_native_update_equals_the_reference(native_kernels, device, name, rule, dtype):
     backend = in_rows(*CHOICES[CHOICE_IDS.index(name)])
     slab = make_bags([backend] * 3, ROWS).to(dtype).slabs[0]
     ids, offsets = make_batch(ROWS, batch_size=70)
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(70, slab.layout[0], generator=generator)
     results = []
-    for kernels in (native_kernels, reference):
-        weights = slab.weight.detach().clone()
-        states = [torch.full(shape, 0.5) for shape in rules.state_shapes(rule, weights)]
-        batch = (ids, offsets, None, slab.tables, *slab.layout[1:])
-        numbers = (rule, 0.1, 0.01, 1e-8, 0.9, 0.99, 0.5, 3)
-        kernels.bag_update(grad, weights, *[*states, None, None][:2], *batch, *numbers, slab.arrangement.features)
-        assert not weights.equal(slab.weight)
-        results.append([weights, *states])
+    for kernels, place in ((native_kernels, device), (reference, "cpu")):
+        weights = slab.weight.detach().to(place, copy=True)
+        states = [torch.full(shape, 0.5, device=place) for shape in rules.state_shapes(rule, weights)]
+        numbers = torch.tensor([0.1, 0.01, 1e-8, 0.9, 0.99, 0.5, 3], dtype=torch.float64, device=place)
+        batch = (ids.to(place), offsets.to(place), None, slab.tables.to(place), *slab.layout[1:])
+        slab_and_states = (weights, *[*states, None, None][:2])
+        kernels.bag_update(grad.to(place), *slab_and_states, *batch, rule, numbers, slab.arrangement.features)
+        assert not weights.cpu().equal(slab.weight)
+        results.append([weights.cpu(), *(state.cpu() for state in states)])
     for a, b in zip(*results, strict=True):
         assert a.view(torch.uint8).equal(b.view(torch.uint8))

@@ -1,0 +1,69 @@
+"""What the CUDA kernels should take, by the bytes they move.  python -m benchmarks.predicted
+
+Counted, not measured: each kernel's reads and writes of device memory in whole sectors of 32 bytes, over the bandwidth
+of a copy. Every row is read or written once, and nothing is found in a cache, which holds for rows of tables larger
+than the L2 cache; what kernels of one call hand on to each other stays in it at small batches, so those may be faster.
+A launch takes about 2 us in a graph, and that is what small batches cost.
+"""
+
+import math
+from collections.abc import Iterator
+
+from benchmarks.shapes import TABLES
+from dlrm.report import markdown_table
+
+COPY = 4.3e12  # bytes per second, of a copy on an H200
+LAUNCH = 2e-6  # seconds, of a small kernel in a graph
+SECTOR, FLOAT = 32, 4
+STATES = {
+    "sgd": 0,
+    "rowwise_adagrad": 0,
+    "adagrad": 1,
+    "adam": 2,
+}  # whole rows of state that an update reads and writes
+
+
+def sectors(num_bytes: int) -> int:
+    """Bytes that are moved for so many in one place."""
+    return math.ceil(num_bytes / SECTOR) * SECTOR
+
+
+def sort(num_touches: int, num_rows: int) -> tuple[int, int]:
+    """Bytes and launches of listing and sorting touches, of 8 bytes of slot and 4 of number each."""
+    passes = math.ceil((num_rows.bit_length() + 1) / 8)
+    listed = 4 + 12 + 12  # the id; both arrays are filled, then written
+    return num_touches * (listed + 8 + passes * 24), 3 + 2 + passes  # 8: the histogram's look
+
+
+def kernels(rows: list[int], dim: int, batch_size: int) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes and launches of each call on dense tables of one id per sample, fp32."""
+    touches, row = len(rows) * batch_size, sectors(dim * FLOAT)
+    yield "forward", touches * (4 + 2 * row), 1
+    listed, launches = sort(touches, sum(rows))
+    yield "gradient of touched rows", listed + touches * (12 + 2 * row + 8 + 24), launches + 5
+    for name, states in STATES.items():
+        state = 2 * row * states + 2 * SECTOR * (name == "rowwise_adagrad")
+        yield f"fused {name}", listed + touches * (12 + row + 2 * row + state), launches + 2
+    pairs = (len(rows) + 1) * len(rows) // 2
+    vectors = (len(rows) + 1) * row
+    out = sectors((dim + pairs) * FLOAT)
+    yield "interaction", batch_size * (vectors + out), 1
+    yield "interaction, backward", batch_size * (2 * vectors + out), 1
+
+
+def table() -> str:
+    """For Criteo Kaggle's 26 tables at a tenth of their rows."""
+    rows = TABLES["kaggle/10"]
+    lines: dict[str, dict] = {}
+    for dim in (16, 64, 128):
+        for batch_size in (2048, 65536):
+            for name, num_bytes, launches in kernels(rows, dim, batch_size):
+                microseconds = max(num_bytes / COPY, launches * LAUNCH) * 1e6
+                line = lines.setdefault(name, {"kernel": name, "launches": launches})
+                line[f"{dim} x {batch_size}: MB"] = f"{num_bytes / 1e6:,.1f}"
+                line[f"{dim} x {batch_size}: us"] = f"{microseconds:,.0f}"
+    return markdown_table(list(lines.values()))
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,277 @@
+// The CUDA half of repeatable gradients: what a batch touches, sorted by slot, and the sums of it in one order. A run
+// of touches is the work of a group of `lanes` threads.
+#pragma once
+
+#include <vector>
+
+#include "cuda_call.h"
+
+namespace embeddings {
+
+// A touch is one chunk of one probe of an id. Its number: (occurrence * K + probe) * chunks + chunk. Occurrences number
+// the slab's ids by feature, sample and position: without offsets they are the bags f * B + b, with offsets the
+// positions, shifted so that the features' ranges follow one another in the slab's order.
+struct Touches {
+  uint64_t* slots;  // [M] first unit of the slot, kNoSlot where there is no touch of that number
+  uint32_t* order;  // [M] touch number * 2, + 1 if its numbers count negatively
+  int64_t* bags;    // [N] bag f * B + b of each occurrence; nullptr without offsets
+  int64_t* shifts;  // [F] occurrence - position; nullptr without offsets
+  int64_t count, num_occurrences;
+
+  static constexpr uint64_t kNoSlot = ~0ull;
+
+  // The rest is for touches that are sorted by slot.
+  __device__ bool begins_slot(int64_t i) const { return slots[i] != kNoSlot && (i == 0 || slots[i - 1] != slots[i]); }
+  // The touch in [q * kRun, + kRun) that begins a run, but not its slot's first one; -1 if none does. There is at most
+  // one: it is of the slot at q * kRun, as a slot that begins later has its second run beyond.
+  __device__ int64_t later_run(int64_t q) const {
+    const int64_t block = q * kRun;
+    const uint64_t slot = slots[block];
+    if (slot == kNoSlot || block == 0 || slots[block - 1] != slot) return -1;
+    int64_t first = 0, last = block;  // the slot begins in [first, last]
+    while (first < last) {
+      const int64_t middle = (first + last) / 2;
+      if (slots[middle] < slot) {
+        first = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
+    const int64_t i = first + (block - first + kRun - 1) / kRun * kRun;
+    return i < count && slots[i] == slot ? i : -1;
+  }
+};
+
+struct Touch {
+  Bag bag;  // without its positions
+  int64_t n, k;
+  int chunk;
+  bool negative;
+};
+
+template <typename Map>
+__device__ Touch touch_at(const Batch<Map>& batch, const Touches& touches, int64_t i) {
+  const Ids& at = batch.at;
+  const auto number = static_cast<int64_t>(touches.order[i] / 2), vector = number / batch.chunks;
+  const int64_t occurrence = vector / at.probes, bag = touches.bags ? touches.bags[occurrence] : occurrence;
+  const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
+  const int64_t n = touches.shifts ? occurrence - touches.shifts[f] : at.begin(f, b);
+  return {{f, b, 0, 0}, n, vector % at.probes, static_cast<int>(number % batch.chunks), touches.order[i] % 2 == 1};
+}
+
+template <typename Map>
+__device__ int64_t width_at(const Batch<Map>& batch, const Touches& touches, int64_t i) {
+  const Touch touch = touch_at(batch, touches, i);
+  return batch.at.table(touch.bag.f, touch.k).width;
+}
+
+// Also notes features that share a position: their occurrences could be more than the batch has ids.
+template <typename Map>
+__global__ void __launch_bounds__(kThreads) shift_kernel(Batch<Map> batch, int64_t* __restrict__ shifts, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t f = group.index; f < batch.at.num_features; f += group.count) {
+    int64_t shift = 0;
+    for (int64_t g = 0; g <= f; ++g) {
+      if (!batch.has_bags(g)) continue;
+      const Bag whole = batch.whole(g);
+      shift += g < f ? whole.end - whole.begin : -whole.begin;
+      const int64_t position = batch.at.table(g, 0).position;
+      if (g < f && position == batch.at.table(f, 0).position) batch.note(kSharedPosition, f, 0, position);
+    }
+    shifts[f] = shift;
+  }
+}
+
+template <typename Map>
+__global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touches touches, int lanes) {
+  const Group group = group_of(lanes);
+  const Ids& at = batch.at;
+  batch.for_each_bag(group, at.probes, [&](const Bag& bag, int64_t k) {
+    if (bag.begin == bag.end) return;
+    const Table& table = at.table(bag.f, k);
+    if (touches.shifts) {
+      const Bag whole = batch.whole(bag.f);
+      const bool fits = whole.end + touches.shifts[bag.f] <= touches.num_occurrences;
+      if (bag.begin < whole.begin || bag.end > whole.end || !fits) return;  // something else is wrong, and noted
+    }
+    const int64_t number_of_bag = bag.f * at.batch_size + bag.b;
+    batch.for_each_id(bag, [&](int64_t n, int64_t id) {
+      const int64_t occurrence = touches.shifts ? n + touches.shifts[bag.f] : number_of_bag;
+      if (touches.bags && k == 0 && group.lane == 0) touches.bags[occurrence] = number_of_bag;
+      const uint64_t key = batch.map.key(table, id);
+      for (int64_t chunk = group.lane; chunk < table.chunks(); chunk += group.lanes) {
+        const Read read = batch.map.read(table, key, chunk);
+        const int64_t number = (occurrence * at.probes + k) * batch.chunks + chunk;
+        touches.slots[number] = static_cast<uint64_t>((table.begin + read.slot * table.width) / batch.unit);
+        touches.order[number] = static_cast<uint32_t>(number) * 2 + read.negative;
+      }
+    });
+  });
+}
+
+// rows[i] = units of the slot that begins at touch i, 0 if none does.
+template <typename Map>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(Batch<Map> batch, Touches touches, int64_t* __restrict__ rows, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t i = group.index; i < touches.count; i += group.count) {
+    rows[i] = touches.begins_slot(i) ? width_at(batch, touches, i) / batch.unit : 0;
+  }
+}
+
+// Numbers z.. of the run that begins at touch `first`: up to kRun contributions to one slot, left to right.
+template <typename Lookup, int kVector, typename real>
+__device__ void sum_run(const Lookup& lookup, const Touches& touches, int64_t first, int width, int z,
+                        real (&sum)[kVector]) {
+  const uint64_t slot = touches.slots[first];
+  for (int64_t j = first; j < touches.count && j < first + kRun && touches.slots[j] == slot; ++j) {
+    const Touch touch = touch_at(lookup, touches, j);
+    real v[kVector];
+    lookup.contribution(touch.bag, touch.n, touch.k, touch.chunk * width + z, v);
+    negate_if(touch.negative, v);
+    for (int i = 0; i < kVector; ++i) sum[i] = j == first ? v[i] : sum[i] + v[i];
+  }
+}
+
+// partial [M / kRun, reach]: the first `reach` numbers of every run that is not its slot's first; row q is that of
+// Touches::later_run(q).
+template <typename Lookup>
+__global__ void __launch_bounds__(kThreads)
+    later_runs_kernel(Lookup lookup, Touches touches, typename Lookup::real* __restrict__ partial, int64_t reach,
+                      int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t q = group.index; q * kRun < touches.count; q += group.count) {
+    const int64_t i = touches.later_run(q);
+    if (i < 0) continue;
+    const int64_t width = width_at(lookup, touches, i);
+    for_each_pack<typename Lookup::weight_t>(group, width, width < reach ? width : reach, [&](auto pack, int z) {
+      typename Lookup::real run[pack];
+      sum_run(lookup, touches, i, static_cast<int>(width), z, run);
+      store(partial + q * reach + z, run);
+    });
+  }
+}
+
+// The sum of each touched slot: its runs, left to right.
+template <typename Lookup>
+struct SlotSums {
+  using real = typename Lookup::real;
+  using weight_t = typename Lookup::weight_t;
+  Lookup lookup;
+  Touches touches;
+  const real* __restrict__ partial;  // of later_runs_kernel
+  int64_t reach;
+
+  // Numbers of the slot that begins at touch `first`.
+  __device__ int64_t width(int64_t first) const { return width_at(lookup, touches, first); }
+  // Numbers z.. of its sum.
+  template <int kVector>
+  __device__ void sum(int64_t first, int64_t width, int z, real (&sum)[kVector]) const {
+    real run[kVector];
+    for (int64_t i = first; i < touches.count && touches.slots[i] == touches.slots[first]; i += kRun) {
+      if (i == first || z >= reach) {
+        sum_run(lookup, touches, i, static_cast<int>(width), z, run);
+      } else {
+        load(partial + i / kRun * reach + z, run);
+      }
+      for (int j = 0; j < kVector; ++j) sum[j] = i == first ? run[j] : sum[j] + run[j];
+    }
+  }
+};
+
+// Each touched slot's sum into the dense gradient [S, Z], or (rows [M] given, summed up to each touch) into values
+// [U, Z] and, if given, units [U].
+template <typename Lookup, typename number_t>
+__global__ void __launch_bounds__(kThreads)
+    slots_kernel(SlotSums<Lookup> sums, const int64_t* __restrict__ rows, int64_t* __restrict__ units,
+                 number_t* __restrict__ values, int lanes) {
+  const Group group = group_of(lanes);
+  const Touches& touches = sums.touches;
+  for (int64_t first = group.index; first < touches.count; first += group.count) {
+    if (!touches.begins_slot(first)) continue;
+    const int64_t unit = sums.lookup.unit, width = sums.width(first), num_units = width / unit;
+    const auto slot = static_cast<int64_t>(touches.slots[first]);
+    const int64_t row = rows ? rows[first] - num_units : slot;
+    if (units) {
+      for (int64_t u = group.lane; u < num_units; u += group.lanes) units[row + u] = slot + u;
+    }
+    for_each_pack<typename Lookup::weight_t>(group, width, width, [&](auto pack, int z) {
+      typename Lookup::real sum[pack];
+      sums.sum(first, width, z, sum);
+      store(values + row * unit + z, sum);
+    });
+  }
+}
+
+// The touches, sorted by slot, with the tensors that hold them.
+struct SortedTouches {
+  Touches touches{};
+  std::vector<Tensor> memory;
+
+  template <typename number_t = int64_t>
+  number_t* allocate(const Call& call, int64_t numbers) {
+    constexpr int64_t kPerWord = sizeof(int64_t) / sizeof(number_t);
+    memory.push_back(scratch(call, (numbers + kPerWord - 1) / kPerWord));
+    return static_cast<number_t*>(memory.back().mutable_data_ptr());
+  }
+};
+
+template <typename Map>
+SortedTouches sort_touches(const Launch& launch, const Call& call, const Batch<Map>& batch) {
+  SortedTouches sorted;
+  Touches& touches = sorted.touches;
+  const int64_t num_bags = call.at.num_features * call.at.batch_size;
+  touches.num_occurrences = call.offsets ? call.at.num_ids : num_bags;
+  touches.count = touches.num_occurrences * call.at.probes * call.chunks;
+  if (touches.count == 0) return sorted;
+  require(touches.count < int64_t{1} << 31, "a batch may read at most 2^31 slots on CUDA");
+  if (call.offsets) {
+    touches.bags = sorted.allocate(call, touches.num_occurrences);
+    touches.shifts = sorted.allocate(call, call.at.num_features);
+    launch(shift_kernel<Map>, call.at.num_features, 1, batch, touches.shifts);
+  }
+  const int64_t count = touches.count;
+  cub::DoubleBuffer<uint64_t> slots(sorted.allocate<uint64_t>(call, count), sorted.allocate<uint64_t>(call, count));
+  cub::DoubleBuffer<uint32_t> order(sorted.allocate<uint32_t>(call, count), sorted.allocate<uint32_t>(call, count));
+  touches.slots = slots.Current(), touches.order = order.Current();
+  check(cudaMemsetAsync(touches.slots, 0xff, count * sizeof(*touches.slots), launch.stream()));  // kNoSlot
+  check(cudaMemsetAsync(touches.order, 0, count * sizeof(*touches.order), launch.stream()));
+  launch(touch_kernel<Map>, num_bags * call.at.probes, lanes_for(call.chunks), batch, touches);
+
+  const int bits = std::bit_width(static_cast<uint64_t>(call.num_units) | 1);  // all set in kNoSlot, so it is last
+  with_scratch(call, [&](void* memory, size_t& size) {
+    return cub::DeviceRadixSort::SortPairs(memory, size, slots, order, count, 0, bits, launch.stream());
+  });
+  touches.slots = slots.Current(), touches.order = order.Current();
+  return sorted;
+}
+
+// Sums all runs but the slots' first ones, if anything is touched; the rest is for kernels that take the result.
+template <typename Lookup>
+SlotSums<Lookup> sums_of_slots(const Launch& launch, const Call& call, const Lookup& lookup, SortedTouches& sorted) {
+  using real = typename Lookup::real;
+  const Touches& touches = sorted.touches;
+  // How many numbers of a slot have their later runs summed side by side; a wider slot's rest is summed run after run.
+  // 128 floats for kRun touches are no more memory than another array of touches.
+  const Typical<typename Lookup::weight_t> typical(call);
+  const int64_t widest = std::max(call.columns, call.at.probes);
+  const int64_t reach = (std::min(std::max<int64_t>(typical.dim, 128), widest) + 31) / 32 * 32;
+  const int64_t num_blocks = (touches.count + kRun - 1) / kRun;
+  real* partial = sorted.allocate<real>(call, num_blocks * reach);
+  launch(later_runs_kernel<Lookup>, num_blocks, typical.slot_lanes(), lookup, touches, partial, reach);
+  return {lookup, touches, partial, reach};
+}
+
+// For each touch that begins a slot: the units of all slots up to it [M]; the last is how many units are touched.
+template <typename Map>
+int64_t* number_rows(const Launch& launch, const Call& call, const Batch<Map>& batch, SortedTouches& sorted) {
+  const int64_t count = sorted.touches.count;
+  auto* rows = sorted.allocate(call, count);
+  launch(rows_kernel<Map>, count, 1, batch, sorted.touches, rows);
+  with_scratch(call, [&](void* memory, size_t& bytes) {
+    return cub::DeviceScan::InclusiveSum(memory, bytes, rows, rows, count, launch.stream());
+  });
+  return rows;
+}
+
+}  // namespace embeddings

@@ -1,0 +1,278 @@
+"""The captured step: replays of it train as eager steps do, bit for bit, and nothing in it waits for the device.
+
+Without a GPU a capture is stood in for by the function itself, called anew for each replay on the graph's own tensors.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from stand_ins import SETTINGS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlrm.feed import on_device
+from dlrm.graph import WARM_UP, DenseStep
+from dlrm.log import RunLog
+from dlrm.settings import TrainerSettings
+from dlrm.trainer import Trainer
+from embeddings import EmbeddingBags
+
+pytestmark = pytest.mark.once  # of the reference, some operators would wait
+ROOT = Path(__file__).parents[2]
+OVERRIDES = [
+    "compression=0.1",
+    "data.cardinalities=[5000,7,300]",
+    "data.num_samples={train: 300, valid: 50, test: 100}",  # 10 batches of 32: the last has 12 samples
+]
+# what makes the host wait for a device's numbers, or sizes a tensor by them
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique_consecutive",
+    "aten::_unique2",
+    "embeddings::bag_backward_rows",
+    "embeddings::raise_noted",
+}
+EMBEDDING_OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf/optimizer/embedding").glob("*.yaml"))
+BACKENDS = sorted(path.stem for path in (ROOT / "conf/embedding").glob("*.yaml"))
+
+
+def make_trainer(folder, *overrides, fused=True, dense="adagrad", **settings):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=[*OVERRIDES, f"optimizer/dense={dense}", *overrides])
+    data = instantiate(config.data)
+    data.prepare(set())
+    backend = instantiate(config.embedding)()
+    bags = EmbeddingBags(dict.fromkeys(data.cardinalities, backend), data.cardinalities, pooling="sum", seed=0)
+    torch.manual_seed(0)
+    settings = TrainerSettings(**SETTINGS | {"eval_every": 0, "deterministic": False} | settings)
+    model = instantiate(config.model)(bags, len(data.dense_names)).to(settings.device)
+    optimizer = instantiate(config.optimizer.embedding)(bags.parameters())
+    if fused:
+        bags.fuse(optimizer)
+    folder.mkdir()
+    return Trainer(
+        model,
+        data,
+        dense_optimizer=instantiate(config.optimizer.dense)(model.dense_parameters()),
+        embedding_optimizer=optimizer,
+        settings=settings,
+        log=RunLog(folder, facts={}, hparams={}),
+        identity={},
+    )
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    """Weights, and the state of both optimizers."""
+    found = dict(trainer.model.state_dict())
+    for name, optimizer in trainer.optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            found |= {f"{name} {i} {key}": torch.as_tensor(value) for key, value in state.items()}
+    return found
+
+
+def assert_same_state(a, b):
+    for (name, x), y in zip(state_of(a).items(), state_of(b).values(), strict=True):
+        assert x.equal(y), name
+
+
+def refuse(run):
+    raise RuntimeError("operation not permitted when stream is capturing\nand more words")
+
+
+def assert_graph_trains_as_eager(tmp_path, *overrides, capture=lambda run: run, **how):
+    eager = make_trainer(tmp_path / "eager", *overrides, **how)
+    eager.run_step = eager._graphed_step(refuse)
+    eager.train()
+    graphed = make_trainer(tmp_path / "graphed", *overrides, **how)
+    graphed.run_step = graphed._graphed_step(capture)
+    graphed.train()
+    assert_same_state(eager, graphed)
+    assert eager.log.last["train/loss"] == graphed.log.last["train/loss"]
+    return graphed
+
+
+@pytest.mark.parametrize("optimizer", EMBEDDING_OPTIMIZERS)
+def test_replays_train_as_eager_steps_do(tmp_path, optimizer):
+    dense = "sgd" if optimizer == "sgd" else "adagrad"
+    graphed = assert_graph_trains_as_eager(tmp_path, f"optimizer/embedding={optimizer}", dense=dense)
+    assert graphed.run_step._num_eager == WARM_UP + 2  # the last batch of each epoch, too
+
+
+def test_random_rounding_and_bf16_layers_go_on_as_they_would(tmp_path):
+    overrides = ("embedding.precision=bf16", "optimizer/embedding=rowwise_adagrad")
+    assert_graph_trains_as_eager(tmp_path, *overrides, precision="bf16")
+
+
+# --- what may be in it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "backend, optimizer",
+    [*((backend, "rowwise_adagrad") for backend in BACKENDS), *(("hashed", x) for x in EMBEDDING_OPTIMIZERS)],
+)
+def test_nothing_in_a_captured_step_waits_for_the_device(tmp_path, backend, optimizer):
+    compression = [] if backend in ("dense", "fast") else ["compression=0.5"]
+    trainer = make_trainer(tmp_path / "run", f"embedding={backend}", f"optimizer/embedding={optimizer}", *compression)
+    trainer.run_step = trainer._graphed_step(without_waits)
+    trainer._check_finite = lambda loss, batch: None  # on CUDA it is not called
+    trainer.train()
+    assert trainer.run_step.refusal is None
+
+
+def test_a_wait_in_the_step_would_have_been_seen(tmp_path, monkeypatch):
+    backward = Trainer._backward
+    monkeypatch.setattr(Trainer, "_backward", lambda self, batch: (self.loss_sum.item(), backward(self, batch)))
+    trainer = make_trainer(tmp_path / "run")
+    trainer.run_step = trainer._graphed_step(without_waits)
+    with pytest.raises(RuntimeError, match="_local_scalar_dense waits for the device"):
+        trainer.train()
+
+
+def without_waits(run):
+    def replay():
+        with Refusing():
+            run()
+
+    return replay
+
+
+class Refusing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func._schema.name) in WAITING:
+            raise RuntimeError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_kernels_wait_and_allocate_only_where_it_is_said():
+    """In csrc, by function: all others can be captured."""
+    found = set()
+    for source in [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/cuda_*.h"), ROOT / "csrc/lookup.h"]:
+        if source.name == "cuda_on_host.h":
+            continue
+        function = ""
+        for line in source.read_text().splitlines():
+            if name := re.match(r"[A-Za-z].*?(\w+)\(", line):
+                function = name[1]
+            calls = r"cuda\w*Synchronize|cudaMemcpy\w*|cudaMalloc\w*|cudaHostAlloc|cudaFree\w*|cudaEvent\w*"
+            found |= {(function, call) for call in re.findall(rf"({calls})\(", line)}
+    assert found == {
+        ("error_of", "cudaHostAlloc"),  # once per slab, in its first call
+        ("bag_backward_rows", "cudaMemcpyAsync"),
+        ("bag_backward_rows", "cudaStreamSynchronize"),
+        ("raise_noted", "cudaStreamSynchronize"),
+    }
+
+
+# --- what is not captured --------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_captured_is_said_once_and_training_goes_on(tmp_path, capsys):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.run_step = trainer._graphed_step(refuse)
+    assert trainer.train()["status"] == "completed"
+    assert trainer.run_step.refusal == "operation not permitted when stream is capturing"
+    assert capsys.readouterr().out.count("cuda graph: none, steps are launched one by one: operation not") == 1
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
+def test_the_dense_step_is_the_optimizers_own(make):
+    params = [torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    optimizers = [make([p.clone().requires_grad_() for p in params], lr=0.1) for _ in range(2)]
+    dense_step = DenseStep(optimizers[1])
+    for i in range(1, 5):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1 / i
+            for j, param in enumerate(optimizer.param_groups[0]["params"]):
+                param.grad = torch.sin(torch.arange(120.0).view(30, 4) * i + j)
+        optimizers[0].step()
+        dense_step.prepare()
+        dense_step()
+    for a, b in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    torch.testing.assert_close(*states, rtol=1e-6, atol=1e-7)
+
+
+REFUSALS = [
+    (dict(dense="adam"), "Adam's step"),
+    (dict(fused=False), r"the embeddings' step outside the backward pass \(optimizer.fused=true\)"),
+]
+
+
+@pytest.mark.parametrize("how, why", REFUSALS, ids=["dense-optimizer", "embedding-optimizer"])
+def test_optimizers_that_a_graph_cannot_hold(tmp_path, capsys, how, why):
+    trainer = make_trainer(tmp_path / "run", **how)
+    assert trainer._graphed_step() == trainer._eager_step
+    assert re.search(f"cuda graph: none, .*: a graph cannot hold {why}", capsys.readouterr().out)
+    object.__setattr__(trainer.settings, "cuda_graph", True)
+    with pytest.raises(ValueError, match=f"trainer.cuda_graph=true: a graph cannot hold {why}"):
+        trainer._graphed_step()
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [(dict(momentum=0.9), "momentum=0.9"), (dict(weight_decay=0.1), "weight_decay=0.1")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_of_a_dense_optimizer_that_a_graph_cannot_hold(options, why):
+    with pytest.raises(ValueError, match=f"SGD's step with {why}"):
+        DenseStep(torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1, **options))
+
+
+def test_batches_of_bags_are_eager(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.run_step = trainer._graphed_step(without_waits)
+    batches = list(trainer.dataset.batches("train", 32))[:6]
+    for batch in batches:
+        trainer._train_step = None
+        trainer.run_step(batch._replace(offsets=torch.arange(len(batch.ids) + 1)))
+    assert trainer.run_step._num_eager == 6 > WARM_UP
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@on_cuda
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer", EMBEDDING_OPTIMIZERS)
+def test_a_cuda_graph_trains_as_eager_steps_do(tmp_path, backend, optimizer):
+    from dlrm.graph import cuda_capture
+
+    compression = [] if backend in ("dense", "fast") else ["compression=0.5"]
+    overrides = (f"embedding={backend}", f"optimizer/embedding={optimizer}", *compression)
+    graphed = assert_graph_trains_as_eager(tmp_path, *overrides, capture=cuda_capture, device="cuda")
+    assert graphed.run_step.refusal is None
+
+
+@on_cuda
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_five_runs_on_cuda_give_the_same_weights(tmp_path, backend):
+    compression = [] if backend in ("dense", "fast") else ["compression=0.5"]
+    trainers = []
+    for i in range(5):
+        trainers.append(make_trainer(tmp_path / str(i), f"embedding={backend}", *compression, device="cuda"))
+        trainers[-1].train()
+        assert_same_state(trainers[0], trainers[-1])
+
+
+@on_cuda
+def test_batches_arrive_on_cuda_as_they_are():
+    from data.batch import Batch
+
+    batches = [Batch(torch.randn(5, 2), torch.arange(10) + i, None, torch.rand(5)) for i in range(4)]
+    for sent, batch in zip(on_device(batches, "cuda"), batches, strict=True):
+        assert all(a is b is None or (a.is_cuda and a.cpu().equal(b)) for a, b in zip(sent, batch, strict=True))
+
+
+def test_on_the_cpu_batches_are_handed_on():
+    batches = [object(), object()]
+    assert list(on_device(batches, "cpu")) == batches
