@@ -105,6 +105,11 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
         tbe = peers.make_tbe(rows, dim, work if updates else "sgd", device=device, weights=weights)
         return Contender(tbe, lambda batch: (batch.ids, batch.offsets), lambda x: tbe(*x), None, is_fused=updates)
 
+    def compiled_peer(weights: Tensor | None) -> Contender:
+        weights = torch.empty(sum(rows) * dim, device=device).uniform_() if weights is None else weights
+        module = peers.GatheredBags(weights.view(-1, dim), rows, compiles=True)
+        return Contender(module, lambda batch: batch, module, None, is_fused=False)
+
     def triton_peer(weights: Tensor | None) -> Contender:
         from benchmarks.triton_bag import TritonBags
 
@@ -116,8 +121,11 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
         yield "torch, sparse gradients", partial(torch_peer, True)
         if work != "forward" and sum(rows) * dim * 4 <= DENSE_BYTES:
             yield "torch, dense gradients", partial(torch_peer, False)
-    if device != "cpu" and work in ("forward", "sgd") and importlib.util.find_spec("triton"):
-        yield "triton", triton_peer
+    if device != "cpu" and importlib.util.find_spec("triton"):
+        if work == "forward":
+            yield "torch.compile", compiled_peer
+        if work in ("forward", "sgd"):
+            yield "triton", triton_peer
     if peers.HAS_FBGEMM and (work == "forward" or work in peers.FBGEMM_OPTIMIZERS):
         yield "fbgemm", fbgemm_peer
 

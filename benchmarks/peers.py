@@ -38,6 +38,26 @@ class TorchBags(nn.Module):
         return vectors[0] if len(vectors) == 1 else torch.stack(vectors, 1)
 
 
+class GatheredBags(nn.Module):
+    """Every row of the batch gathered, then summed by bag: what a compiler can make one kernel of.
+
+    weights: [sum(rows), D], the tables' rows one after the other."""
+
+    def __init__(self, weights: Tensor, rows: list[int], *, compiles: bool) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+        self.register_buffer("firsts", torch.tensor([0, *rows[:-1]], device=weights.device).cumsum(0))
+        self.sums = torch.compile(self._sums) if compiles else self._sums
+
+    def forward(self, batch: Bags) -> Tensor:
+        """Sums [B, F, D] of bags."""
+        return self.sums(self.weights, self.firsts, batch.ids.view(len(self.firsts), -1, batch.bag))
+
+    @staticmethod
+    def _sums(weights: Tensor, firsts: Tensor, ids: Tensor) -> Tensor:
+        return weights[ids + firsts[:, None, None]].sum(2).transpose(0, 1)
+
+
 def make_tbe(rows: list[int], dim: int, work: str, *, device: str, weights: Tensor | None = None) -> nn.Module:
     """FBGEMM's SplitTableBatchedEmbeddingBagsCodegen: tbe(ids, offsets) -> [B, F * D]; backward applies the update.
 

@@ -197,6 +197,16 @@ def test_a_peer_with_our_weights_does_what_ours_does(peer, work):
         torch.testing.assert_close(weights, updated, rtol=1e-6, atol=1e-7)
 
 
+@once
+def test_gathered_bags_are_embedding_bags():
+    rows, dim = [40, 3], 16
+    weights = torch.randn(43, dim)
+    batch = shapes.Draws(rows, law="uniform", bag=3, batch_size=6, device="cpu")()
+    theirs = peers.TorchBags(list(weights.split(rows)), sparse=True)
+    gathered = peers.GatheredBags(weights, rows, compiles=False)
+    torch.testing.assert_close(gathered(batch), theirs(theirs.ready(batch)), rtol=1e-6, atol=1e-6)
+
+
 def test_fused_or_not_an_update_changes_what_it_should():
     bags = shapes.make_bags(shapes.backends(16)["dense"], [10])
     contender = lookup.ours(bags, "sgd")
