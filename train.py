@@ -4,6 +4,8 @@ python train.py embedding=hashed compression=0.1
 """
 
 import contextlib
+import hashlib
+import json
 import os
 
 # Before torch starts its threads: a waiting thread sleeps instead of spinning. On an idle machine that costs little;
@@ -15,6 +17,7 @@ import shutil
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,12 +32,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.resident import Resident
 from dlrm import checkpoint, expected, jobs, linear
+from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
-from dlrm.run_folder import config_hash, git_commit, make_run_folder
+from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
 from dlrm.settings import TrainerSettings
-from dlrm.trainer import Trainer
+from dlrm.trainer import Trainer, check_same_run
 from embeddings import Dense, EmbeddingBags, native, seed_of
 from embeddings.backend import Backend
 
@@ -50,7 +54,8 @@ def main() -> int:
         check_folders(arguments)
         if is_multirun(arguments):
             return several(arguments)
-        run()
+        with refused_without_a_trace(arguments):
+            run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
     except (HydraException, OmegaConfBaseException) as error:
@@ -58,6 +63,8 @@ def main() -> int:
     except (FloatingPointError, OSError) as error:  # diverged, or a disk that is full or not ours to write
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as interrupted:
+        return 128 + interrupted.args[0]
     except KeyboardInterrupt:
         return 130
     else:
@@ -118,15 +125,40 @@ def launch(given: list[str], folder: Path) -> int:
     return 0
 
 
-def unique_folder(path: str) -> str:
-    """${unique_folder:PATH} in the config: creates the folder, with a suffix if it is taken."""
-    return str(make_run_folder(path))
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to end by the signal of this number, and has."""
+
+
+def run_folder(resume: str | None, path: str) -> str:
+    """${run_folder:RESUME,PATH} in the config: creates the folder, with a suffix if it is taken.
+
+    Under resume=auto it is the same for the same command."""
+    if resume != "auto":
+        return str(make_run_folder(path))
+    command = "\n".join(argument for argument in sys.argv[1:] if jobs.key_of(argument) != "resume")
+    folder = Path("runs") / f"auto-{hashlib.sha256(command.encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def refused_without_a_trace(arguments: list[str]) -> Iterator[None]:
+    """Under resume=auto in a folder that is named: if the run is refused, .hydra is as it was before hydra came."""
+    named = [argument.partition("=")[2] for argument in arguments if jobs.key_of(argument) == "hydra.run.dir"]
+    files = list(Path(named[-1], ".hydra").glob("*")) if named else []
+    before = {file: file.read_bytes() for file in files}
+    try:
+        yield
+    except (ConfigError, HydraException, OmegaConfBaseException):
+        for file, content in before.items():
+            file.write_bytes(content)
+        raise
 
 
 # here and not in main: a launcher's processes import this module and call `run`
 keep_heap()
 # cached: hydra asks for the folder more than once, and must get the same one
-OmegaConf.register_new_resolver("unique_folder", unique_folder, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)
 
 
@@ -144,7 +176,8 @@ def run(composed) -> float | None:
     except ConfigError:
         if not (folder / "metrics.jsonl").exists():  # nothing but the refused config: leave no folder behind
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
-            (folder / "resolved.yaml").unlink()
+            for name in ("resolved.yaml", HELD):
+                (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
@@ -158,7 +191,8 @@ def run_job(config: dict, folder: Path) -> None:
         elif jobs.is_completed(folder, config_hash(config)):
             print(f"{folder.name}: has its result")
         else:
-            jobs.set_aside(folder)
+            if config["resume"] != "auto":
+                jobs.set_aside(folder)
             print(f"\n{jobs.progress(folder.parent)}: {folder.name}", flush=True)
             attempt(config, folder)
 
@@ -179,10 +213,17 @@ def attempt(config: dict, folder: Path) -> float | None:
 
 def run_once(config: dict, folder: Path) -> float | None:
     """Train in a folder of its own. Returns eval/auc of the last weights, on the validation split if there is one."""
-    (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    summary = train(config, folder)
+    with contextlib.ExitStack() as stack:
+        with refusals():
+            stack.enter_context(held(folder))
+        if config["resume"] == "auto" and jobs.is_completed(folder, config_hash(config)):
+            print(f"{folder}: this run has its result")
+            return json.loads((folder / "summary.json").read_text())["last"]["eval/auc"]
+        summary = train(config, folder)
     if summary["status"] == "interrupted":
-        raise KeyboardInterrupt  # ends a sweep too
+        raise Interrupted(summary["signal"])  # ends a sweep too
+    if summary["checkpoint_error"] is not None and HydraConfig.get().mode == RunMode.RUN:
+        raise OSError(f"the results are there, but no checkpoint of the last weights: {summary['checkpoint_error']}")
     return summary["last"]["eval/auc"]
 
 
@@ -202,9 +243,8 @@ def train(config: dict, folder: Path) -> dict:
     with refusals():
         check_root(config)
         check_keys("trainer", TrainerSettings, {**config["trainer"]})
-        settings = TrainerSettings(
-            **config["trainer"], **{key: config[key] for key in ("precision", "device", "deterministic")}
-        )
+        check_keys("checkpoint", CheckpointSettings, {**config["checkpoint"]})
+        settings = trainer_settings(config)
         if (config["expected"] or {}).get("at_best") and not (settings.eval_every and settings.keep_best):
             raise ConfigError("expected.at_best=true: needs trainer.eval_every above 0 and trainer.keep_best=true")
         library = linear.choose(config["linear"], device=config["device"], precision=config["precision"])
@@ -217,8 +257,7 @@ def train(config: dict, folder: Path) -> dict:
         make_dense, make_embedding = optimizers(config["optimizer"])
         make_model = build("model", config["model"])
         make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
-        if config["resume"] is not None:
-            checkpoint.read_counters(config["resume"])
+        start = find_start(config, folder, dataset)
         native.load(config["native"])
     with refusals():
         dataset.prepare(backends.take_any_id(dataset.feature_names))
@@ -241,7 +280,10 @@ def train(config: dict, folder: Path) -> dict:
         embedding_optimizer = make_embedding(bags.parameters())
         if fused:
             bags.fuse(embedding_optimizer)
-        log = RunLog(folder, facts=facts(config) | {"linear": library, "fused": fused}, hparams=hparams(config))
+        (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        after = rows_to_keep(folder, start) if config["resume"] == "auto" else None
+        known = facts(config) | {"linear": library, "fused": fused}
+        log = RunLog(folder, facts=known, hparams=hparams(config), after=after)
     say_what_is_replaced(bags, config)
     with refusals():
         trainer = Trainer(
@@ -253,9 +295,41 @@ def train(config: dict, folder: Path) -> dict:
             log=log,
             identity=identity(config),
         )
-        if config["resume"] is not None:
-            trainer.resume(config["resume"])
+        if start is not None:
+            trainer.resume(start, config["resume_despite"])
     return trainer.train()
+
+
+def trainer_settings(config: dict) -> TrainerSettings:
+    """Of a configuration. Raises ValueError, naming the key."""
+    root = {key: config[key] for key in ("precision", "device", "deterministic")}
+    return TrainerSettings(**config["trainer"], checkpoint=CheckpointSettings(**config["checkpoint"]), **root)
+
+
+def find_start(config: dict, folder: Path, dataset) -> Path | None:
+    """The checkpoint from which the run goes on, all its bytes read, or None if it begins anew.
+
+    Raises ValueError if it cannot go on from there."""
+    resume = config["resume"]
+    if resume in (None, "never"):
+        return None
+    if resume == "auto" and not checkpoint.all_in(folder):
+        if (folder / "metrics.jsonl").exists():
+            print(f"{folder}: this run ended before its first checkpoint and begins anew")
+        return None
+    start = checkpoint.newest_whole(folder if resume == "auto" else resume)
+    counters = checkpoint.read_counters(start)
+    same = json.loads(json.dumps(identity(config)))
+    check_same_run(start, counters, same, dataset.fingerprint, config["resume_despite"])
+    print(f"goes on from step {counters['step']:,} ({start})")
+    return start
+
+
+def rows_to_keep(folder: Path, start: Path | None) -> int | None:
+    """How many records of the folder's own run the checkpoint has seen; None if there are no records."""
+    if start is not None:
+        return checkpoint.read_counters(start)["rows"]
+    return 0 if (folder / "metrics.jsonl").exists() else None
 
 
 class Backends:
@@ -352,7 +426,9 @@ def check_root(config: dict) -> None:
             raise ConfigError(f"{key} is no key; the keys are {some(allowed)}" + near(key, allowed))
     if (fused := config["optimizer"].get("fused")) not in ("auto", True, False):
         raise ConfigError(f"optimizer.fused={fused}: must be one of auto, true, false")
-    for key in ("features", "trainer"):
+    if not isinstance(config["resume_despite"], list):
+        raise ConfigError(f"resume_despite={config['resume_despite']}: must be a list of keys, resume_despite=[seed]")
+    for key in ("features", "trainer", "checkpoint"):
         if not isinstance(config[key], dict):
             raise ConfigError(f"{key}={config[key]}: must be a group of keys, {key}.NAME=...")
     check_number("compression", config["compression"], 0, 1)
@@ -479,7 +555,8 @@ def check_folders(arguments: list[str]) -> None:
         key, _, folder = argument.partition("=")
         if key == "hydra.mode":
             raise ConfigError(f"{argument}: several runs are python train.py -m ...")
-        if key in ("hydra.run.dir", "hydra.sweep.dir") and any(Path(folder).glob("*")):
+        is_run = key == "hydra.run.dir" and "resume=auto" in arguments and Path(folder, ".hydra").is_dir()
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and any(Path(folder).glob("*")) and not is_run:
             raise ConfigError(f"{argument}: that folder is not empty, and runs are not overwritten; name a new one")
 
 

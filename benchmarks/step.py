@@ -138,10 +138,10 @@ def main(arguments: list[str] | None = None) -> Path:
                 results += cell
                 speeds = ", ".join(f"{row['name']} {row['samples_per_second']:,}" for row in cell)
                 progress.say(f"{optimizer}, batch {batch_size}, samples/s: {speeds}")
+                path = record("step", options.device, results, command=options.command, rows_of_tables=sum(rows))
         finally:
             for worker in workers.values():
                 worker.stop()
-        path = record("step", options.device, results, command=options.command, rows_of_tables=sum(rows))
     print(f"written to {path}")
     return path
 

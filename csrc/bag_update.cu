@@ -39,7 +39,7 @@ struct KeptSums {
 
 // --- a row's squares -------------------------------------------------------------------------------------------------
 
-constexpr int kMaxLevels = 5;  // of packs of a lane, folded
+constexpr int kMaxLevels = 7;  // of packs of a lane, folded
 
 // The packs lane, lane + lanes, ... of num_packs, added by halves as `fold` of cpu_sums.h does: pack(p, v). Where there
 // is none, 0.
@@ -214,7 +214,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
     constexpr int64_t kWide = 16 / sizeof(weight_t);
     const int64_t packs = call.unit % kWide == 0 ? call.unit / kWide : call.unit;
     require(rule != kRowWiseAdagrad || packs <= lanes << kMaxLevels,
-            "row-wise adagrad on CUDA takes rows of at most 1024 * 16 bytes, or 1024 numbers where those are no whole "
+            "row-wise adagrad on CUDA takes rows of at most 4096 * 16 bytes, or 4096 numbers where those are no whole "
             "number of 16 bytes");
     SortedTouches sorted = sort_touches(launch, call, lookup);
     const int64_t count = sorted.touches.count;

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors files and a JSON manifest with their SHA-256. No pickle; a large table is never held twice.
+"""Checkpoints: safetensors files, a JSON manifest with their SHA-256, and its own. No pickle; no table is held twice.
 
 A checkpoint is a folder `<run>/checkpoints/step_000001000`, which appears by one rename once it is whole on the disk.
-Beside them `best` holds weights alone (`dlrm.best`).
+Beside them `best` holds weights alone (`dlrm.best`). `dlrm.checkpoints` has a run write them while it goes on.
 """
 
 import hashlib
@@ -10,17 +10,53 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = 1  # of the manifest: raised when an old reader would misread a new checkpoint
-MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest: raised when an old reader would misread a new checkpoint
+FORMATS = (1, FORMAT)  # that this version reads; 1 has no DIGEST
+MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+DTYPES = {  # torch's name -> safetensors'
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 KEYS = ("format", "counters", "files", "optimizers")  # of the manifest
 REPLACED = ".tmp-old-"  # before the name of a checkpoint that is about to be replaced
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not as it was written."""
+
+
+class Contents(NamedTuple):
+    """What is written: tensors by file and name, and of each optimizer its kind and what it keeps beside tensors."""
+
+    files: dict[str, dict[str, Tensor]]
+    optimizers: dict[str, dict]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
+
+
+def contents(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> Contents:
+    """What a checkpoint of these holds: their own tensors, not copies."""
+    states = {name: _split(optimizer) for name, optimizer in optimizers.items()}
+    files = {"model": dict(model.state_dict())} | {name: tensors for name, (tensors, _) in states.items()}
+    kinds = {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
+    return Contents(files, {name: {"kind": kind, "scalars": states[name][1]} for name, kind in kinds.items()})
 
 
 def save(folder: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], counters: dict) -> Path:
@@ -28,23 +64,36 @@ def save(folder: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optim
 
     Raises OSError, with the bytes needed and free, when it cannot be written; what was there is still there.
     """
-    return _write(Path(folder) / f"step_{counters['step']:09d}", model, optimizers, counters)
+    return write(path_of(folder, counters["step"]), contents(model, optimizers), counters)
 
 
 def save_weights(path: Path, model: nn.Module, counters: dict) -> Path:
     """Writes a model's weights alone and returns path, a folder, whose name is not step_*. Raises as `save`."""
-    return _write(path, model, {}, counters)
+    return write(path, contents(model, {}), counters)
+
+
+def remove(path: Path) -> None:
+    """Takes a checkpoint off the disk; whenever the process dies it is there whole, or counts no more."""
+    gone = path.with_name(f".tmp-gone-{path.name}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Of the checkpoint of a step."""
+    return Path(folder) / f"step_{step:09d}"
 
 
 def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """Restores model and optimizers, tensor by tensor in place, and returns the counters. path: see `find`.
+    """Restores model and optimizers, tensor by tensor in place, and returns the counters. path: a checkpoint, as
+    `newest_whole` finds it.
 
     The optimizers' hyperparameters stay as they are: those belong to the configuration of the run that goes on.
     Raises ValueError when the checkpoint is damaged or of another model or optimizer, before anything is changed.
     """
     path = find(path)
     manifest = _read_manifest(path)
-    _check_whole(path, manifest)
+    _check_complete(path, manifest)
     _check_same_run(path, manifest, model, optimizers)
     targets = {name: _targets(path, name, manifest, optimizer) for name, optimizer in optimizers.items()}
     _check_files(path, manifest)
@@ -76,44 +125,103 @@ def read_weights(path: Path) -> dict:
     return _read_manifest(Path(path))["counters"]
 
 
-def find(path: Path | str) -> Path:
-    """The newest checkpoint in a run's folder or its checkpoints folder; or path itself, if it is a checkpoint."""
+def all_in(path: Path | str) -> list[Path]:
+    """The checkpoints, newest first, of a run's folder or its checkpoints folder; or path itself, if it is one."""
     path = Path(path)
     if (path / MANIFEST).exists():
-        return path
-    for folder in (path / "checkpoints", path):
-        found = sorted(manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}"))
-        if found:
-            return found[-1]
-    raise ValueError(f"resume={path}: no checkpoint there (looked for checkpoints/step_*/{MANIFEST})")
+        return [path]
+    folders = (path / "checkpoints", path)
+    return next((found for folder in folders if (found := sorted(folder.glob("step_*"), reverse=True))), [])
+
+
+def find(path: Path | str) -> Path:
+    """The newest of `all_in`. Raises ValueError if there is none."""
+    if found := all_in(path):
+        return found[0]
+    raise ValueError(f"resume={path}: no checkpoint there (looked for checkpoints/step_*)")
+
+
+def newest_whole(path: Path | str) -> Path:
+    """The newest of `all_in` that is as it was written, all its bytes read; says which newer ones are not.
+
+    Raises ValueError if there is none."""
+    find(path)
+    for candidate in all_in(path):
+        try:
+            check(candidate)
+        except Damaged as error:
+            print(f"{error}; the one before is looked at")
+        else:
+            return candidate
+    raise Damaged(f"resume={path}: every checkpoint there is damaged")
+
+
+def check(path: Path) -> None:
+    """Raises `Damaged` unless every file is as it was written."""
+    _check_files(path, _read_manifest(path))
 
 
 def read_counters(path: Path | str) -> dict:
-    """The counters of the checkpoint that `load` would take, without reading any tensor."""
-    path = find(path)
-    manifest = _read_manifest(path)
-    _check_whole(path, manifest)
-    return manifest["counters"]
+    """The counters of the newest checkpoint whose manifest is whole, without reading any tensor."""
+    find(path)
+    for candidate in all_in(path):
+        try:
+            manifest = _read_manifest(candidate)
+        except Damaged as error:
+            last = error
+        else:
+            _check_complete(candidate, manifest)
+            return manifest["counters"]
+    raise last
 
 
-def _write(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], counters: dict) -> Path:
-    states = {name: _split(optimizer) for name, optimizer in optimizers.items()}
-    files = {"model": dict(model.state_dict())} | {name: tensors for name, (tensors, _) in states.items()}
+def write(path: Path, contents: Contents, counters: dict) -> Path:
+    """Writes a checkpoint, all or nothing, and returns path. Raises as `save`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-    with _named_errors(path.parent, num_bytes), _appear(path) as temporary:
-        manifest = {"format": FORMAT, "counters": counters, "files": {}, "optimizers": {}}
-        for name, tensors in files.items():
+    with _named_errors(path.parent, contents.num_bytes), _appear(path) as temporary:
+        manifest = {"format": FORMAT, "counters": counters, "files": {}, "optimizers": contents.optimizers}
+        for name, tensors in contents.files.items():
             file = temporary / f"{name}.safetensors"
-            save_file(tensors, file)  # reads the tensors' memory in place: no second copy
-            _sync(file)
-            layout = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
-            manifest["files"][name] = {"sha256": _sha256(file), "bytes": file.stat().st_size, "tensors": layout}
-        for name, optimizer in optimizers.items():
-            manifest["optimizers"][name] = {"kind": type(optimizer).__name__, "scalars": states[name][1]}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        _sync(temporary / MANIFEST)
+            digest = _write_tensors(file, tensors)
+            layout = {key: [_name(t.dtype), list(t.shape)] for key, t in tensors.items()}
+            manifest["files"][name] = {"sha256": digest, "bytes": file.stat().st_size, "tensors": layout}
+        text = json.dumps(manifest, indent=1, allow_nan=False).encode()
+        for name, content in ((MANIFEST, text), (DIGEST, hashlib.sha256(text).hexdigest().encode())):
+            (temporary / name).write_bytes(content)
+            _sync(temporary / name)
     return path
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file and waits for the disk; returns its SHA-256, of what was in memory.
+
+    Each tensor's memory is written where it is, and other threads run meanwhile: safetensors' own writer stops them."""
+    header, end = {}, 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[_name(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in chain([len(text).to_bytes(8, "little") + text], map(_bytes_of, tensors.values())):
+            digest.update(part)
+            left = memoryview(part)
+            while left:  # one write takes at most 2 GiB
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's numbers, in place if it is contiguous and on the CPU."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -150,18 +258,24 @@ def _targets(path: Path, name: str, manifest: dict, optimizer: torch.optim.Optim
 
 def _read_manifest(path: Path) -> dict:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"resume={path}: {MANIFEST} is damaged: {error}") from None
+        text = (path / MANIFEST).read_bytes()
+        has_digest = (path / DIGEST).exists()
+        if has_digest and (path / DIGEST).read_bytes() != hashlib.sha256(text).hexdigest().encode():
+            raise ValueError("SHA-256")
+        manifest = json.loads(text)
+    except (ValueError, OSError) as error:
+        raise Damaged(f"resume={path}: {MANIFEST} is damaged: {error}") from None
     missing = [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]
     if missing:  # a folder of prepared data has a manifest.json too
         raise ValueError(f"resume={path}: no checkpoint: its {MANIFEST} has no {', '.join(missing)}")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in FORMATS:
         raise ValueError(f"resume={path}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
+    if manifest["format"] > 1 and not has_digest:
+        raise Damaged(f"resume={path}: {DIGEST} is missing")
     return manifest
 
 
-def _check_whole(path: Path, manifest: dict) -> None:
+def _check_complete(path: Path, manifest: dict) -> None:
     if not manifest["optimizers"]:
         raise ValueError(f"resume={path}: these are weights alone, which no run can go on from; give the run's folder")
 
@@ -170,7 +284,7 @@ def _check_files(path: Path, manifest: dict) -> None:
     for name, entry in manifest["files"].items():
         file = path / f"{name}.safetensors"
         if not file.exists() or _sha256(file) != entry["sha256"]:
-            raise ValueError(f"resume={path}: {file.name} is {'damaged' if file.exists() else 'missing'} (SHA-256)")
+            raise Damaged(f"resume={path}: {file.name} is {'damaged' if file.exists() else 'missing'} (SHA-256)")
 
 
 def _check_same_run(path: Path, manifest: dict, model: nn.Module, optimizers: dict) -> None:
@@ -187,7 +301,7 @@ def _check_layout(path: Path, name: str, saved: dict[str, list], mine: dict[str,
         if key not in saved or key not in mine:
             where = "this run" if key in mine else "the checkpoint"
             raise ValueError(f"resume={path}: {name} tensor '{key}' exists only in {where}")
-        here = [str(mine[key].dtype).removeprefix("torch."), list(mine[key].shape)]
+        here = [_name(mine[key].dtype), list(mine[key].shape)]
         if saved[key] != here:
             raise ValueError(f"resume={path}: {name} tensor '{key}' is {saved[key]} there and {here} in this run")
 
@@ -223,7 +337,7 @@ def _named_errors(folder: Path, num_bytes: int) -> Iterator[None]:
         raise OSError(f"{folder}: {needs()}")
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors: what its writer says of a full disk
+    except OSError as error:
         raise OSError(f"{folder}: {error}; {needs()}") from error
 
 

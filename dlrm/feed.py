@@ -1,5 +1,6 @@
 """Batches on their way to the device."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ def on_device(batches: Iterable["Batch"], device: torch.device | str) -> Iterato
     if device.type != "cuda":
         yield from batches
         return
-    copies, waiting = torch.cuda.Stream(device), None
+    copies, waiting = _stream_of(device), None
     for batch in batches:
         coming = _send(batch, device, copies)
         if waiting is not None:
@@ -23,6 +24,11 @@ def on_device(batches: Iterable["Batch"], device: torch.device | str) -> Iterato
         waiting = coming
     if waiting is not None:
         yield _receive(*waiting)
+
+
+@functools.cache  # what is freed on a stream is used again on the same one
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _send(batch: "Batch", device: torch.device, copies: torch.cuda.Stream) -> tuple["Batch", torch.cuda.Event]:

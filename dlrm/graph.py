@@ -1,5 +1,7 @@
 """A training step as one CUDA graph: captured once, then replayed, so that the host launches one thing, not 200."""
 
+import contextlib
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -13,12 +15,47 @@ if TYPE_CHECKING:
 WARM_UP = 3  # eager steps before the capture: libraries choose their algorithms, optimizers make their states
 
 
+class CudaGraphs:
+    """Runs and captures on a stream of a device's own, as capture wants of what it captures."""
+
+    def __init__(self, device: torch.device | str):
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device)
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """Calls run() there, after all that the current stream has been told, which waits for it."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()
+        current.wait_stream(self._stream)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Has run() captured, and returns what launches the same. Raises RuntimeError where it cannot be captured."""
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._stream):  # also makes its device the current one
+            graph.capture_begin(pool=pool)
+            try:
+                run()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                with contextlib.suppress(RuntimeError):  # where the end of a capture that failed has failed, too
+                    torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
+                raise
+            graph.capture_end()
+        return graph.replay
+
+
 class GraphedStep:
     """Steps on batches of one shape are replays of a captured one; others, and the first WARM_UP ones, are eager.
 
     launch(batch): launches a step on the device, and may not wait for it. prepare(): what the host does before each of
     them. counted(): a context of capture and replay, in which the embeddings' optimizer does not count steps as it is
-    launched, but has done so. capture(run): has `run` called, and returns what launches the same again.
+    launched, but has done so. check(): raises what the device has met so far. graphs: CudaGraphs.
     """
 
     def __init__(
@@ -27,10 +64,13 @@ class GraphedStep:
         *,
         prepare: Callable[[], None],
         counted: Callable[[], AbstractContextManager],
-        capture: Callable[[Callable[[], None]], Callable[[], None]],
+        check: Callable[[], None],
+        graphs: CudaGraphs,
     ):
-        self._launch, self._prepare, self._counted, self._capture = launch, prepare, counted, capture
+        self._launch, self._prepare, self._counted, self._check = launch, prepare, counted, check
+        self._graphs = graphs
         self._num_eager = 0
+        self._shapes: list | None = None  # of the batch before
         self._batch: Batch | None = None  # the tensors that the graph reads
         self._replay: Callable[[], None] | None = None
         self.refusal: str | None = None  # why there is no graph
@@ -38,9 +78,9 @@ class GraphedStep:
     def __call__(self, batch: "Batch") -> None:
         """batch: on the device."""
         self._prepare()
-        if self.refusal is not None or self._num_eager < WARM_UP or not self._takes(batch):
+        if not self._takes(batch):
             self._num_eager += 1
-            self._launch(batch)
+            self._graphs.warm_up(lambda: self._launch(batch))
             return
         if self._batch is None:
             self._batch = batch._make(None if field is None else field.clone() for field in batch)
@@ -48,6 +88,8 @@ class GraphedStep:
             for mine, field in zip(self._batch, batch, strict=True):
                 if field is not None:
                     mine.copy_(field, non_blocking=True)
+        if self._replay is None:
+            self._check()  # what a captured call would raise, of the steps before
         with self._counted():
             if self._replay is not None or self._captures():
                 self._replay()
@@ -56,7 +98,7 @@ class GraphedStep:
 
     def _captures(self) -> bool:
         try:
-            self._replay = self._capture(lambda: self._launch(self._batch))
+            self._replay = self._graphs.capture(lambda: self._launch(self._batch))
         except RuntimeError as error:
             self.refusal = (str(error) or type(error).__name__).splitlines()[0]
             print(f"cuda graph: none, steps are launched one by one: {self.refusal}")
@@ -64,19 +106,14 @@ class GraphedStep:
         return True
 
     def _takes(self, batch: "Batch") -> bool:
+        """Whether a graph holds the batch's step, or shall: of two batches of one shape the second."""
+        shapes = [None if field is None else field.shape for field in batch]
+        before, self._shapes = self._shapes, shapes
+        if self.refusal is not None or self._num_eager < WARM_UP:
+            return False
         if batch.offsets is not None:  # the number of ids differs from batch to batch
             return False
-        return self._batch is None or all(
-            mine is field is None or mine.shape == field.shape for mine, field in zip(self._batch, batch, strict=True)
-        )
-
-
-def cuda_capture(run: Callable[[], None]) -> Callable[[], None]:
-    """Captures what run() launches on the current device. Raises RuntimeError where something cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        return shapes == (before if self._batch is None else [None if f is None else f.shape for f in self._batch])
 
 
 class DenseStep:

@@ -1,10 +1,17 @@
 """The records of a run: TensorBoard events, metrics.jsonl, summary.json."""
 
+import contextlib
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.errors import DataLossError
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
@@ -21,22 +28,30 @@ class RunLog:
 
     facts: what summary.json shall say beside the results (seed, git_commit, config_hash, ...).
     hparams: flat {name: value}, what TensorBoard's HParams tab shall show.
+    after: how many rows the folder's own run had written where it now goes on: later records go.
     Raises ValueError when the folder holds the records of another run.
     """
 
-    def __init__(self, folder: Path, *, facts: dict, hparams: dict):
+    def __init__(self, folder: Path, *, facts: dict, hparams: dict, after: int | None = None):
         self.folder, self.facts, self.hparams = Path(folder), facts, hparams
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step: dict[str, int] = {}
         self.reasons: dict[str, str] = {}  # tag -> why its last value is not a finite number
-        if (self.folder / "metrics.jsonl").exists():
-            raise ValueError(f"{folder} holds the records of another run: give a new hydra.run.dir")
         self._values: dict[str, float] = {}  # added, not yet written
         self._reasons: dict[str, str] = {}
+        self.num_rows = 0  # in metrics.jsonl
+        path = self.folder / "metrics.jsonl"
+        if after is None:
+            if path.exists():
+                raise ValueError(f"{folder} holds the records of another run: give a new hydra.run.dir")
+        else:
+            keep_events(self.folder, self._keep_rows(path, after))
+        had_events = any(self.folder.glob("events.out.tfevents.*"))
         self._writer = SummaryWriter(str(self.folder))
-        self._writer.add_custom_scalars(LAYOUT)
-        self._jsonl = (self.folder / "metrics.jsonl").open("x", encoding="utf-8")
+        if not had_events:
+            self._writer.add_custom_scalars(LAYOUT)
+        self._jsonl = path.open("a", encoding="utf-8")
 
     def add(self, values: dict[str, float], reasons: dict[str, str]) -> None:
         """Notes values {tag: number} for the next `write`. reasons: why those that are NaN or infinite are so."""
@@ -60,7 +75,19 @@ class RunLog:
             row["reason"] = "; ".join(f"{tag}: {reason}" for tag, reason in missing.items())
         self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
         self._jsonl.flush()
+        self.num_rows += 1
         self._remember(step, values, missing)
+
+    @property
+    def pending(self) -> dict[str, dict]:
+        """What was added and is not yet written: `add`'s arguments. A value that is not finite is None."""
+        values = {tag: value if math.isfinite(value) else None for tag, value in self._values.items()}
+        return {"values": values, "reasons": self._reasons}
+
+    def flush(self) -> None:
+        """Waits until what was written is on the disk."""
+        self._writer.flush()
+        os.fsync(self._jsonl.fileno())
 
     def text(self, tag: str, rows: list[dict]) -> None:
         """Records rows, dicts with the same keys, as a table in TensorBoard's Text tab."""
@@ -96,6 +123,21 @@ class RunLog:
         self._jsonl.close()
         return summary
 
+    def _keep_rows(self, path: Path, num_rows: int) -> set[tuple[int, str]]:
+        """Drops all rows but the first ones, and remembers those; returns their steps and tags."""
+        lines = path.read_text(encoding="utf-8").splitlines()[:num_rows] if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
+        self.num_rows = len(rows)
+        for row in rows:
+            values = {tag: value for tag, value in row.items() if tag not in ("step", "reason")}
+            parts = re.split(r"; (?=\S+/\S+: )", row.get("reason", ""))
+            why = dict(part.split(": ", 1) for part in parts if part)
+            self._remember(row["step"], values, {tag: why[tag] for tag, value in values.items() if value is None})
+        return {(row["step"], tag) for row in rows for tag in row}
+
     def _remember(self, step: int, values: dict[str, float | None], missing: dict[str, str]) -> None:
         for tag, value in values.items():
             self.reasons.pop(tag, None)
@@ -105,6 +147,43 @@ class RunLog:
             self.last[tag] = value
             if tag not in self.best or _badness(tag, value) < _badness(tag, self.best[tag]):
                 self.best[tag], self.best_step[tag] = value, step
+
+
+def keep_events(folder: Path, kept: set[tuple[int, str]]) -> None:
+    """Makes the folder's TensorBoard events one file, less what is of no row that is kept; they are (step, tag).
+
+    Whenever the process dies all are there; what is twice in the files then, byte for byte, is once again here."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if not files:
+        return
+    temporary, seen = folder / ".events.tmp", set()
+    with temporary.open("wb") as out:
+        writer = RecordWriter(out)
+        for file in files:
+            for record in records(file):
+                event = Event.FromString(record)
+                is_again = record in seen or (event.file_version and seen)
+                if not is_again and all(_is_kept(event.step, value.tag, kept) for value in event.summary.value):
+                    writer.write(record)
+                seen.add(record)
+        writer.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, files[0])
+    for file in files[1:]:
+        file.unlink()
+
+
+def _is_kept(step: int, tag: str, kept: set[tuple[int, str]]) -> bool:
+    """A curve stays with the AUC that is logged beside it; what is written at the end of a run stays with no row."""
+    named = f"{tag.removesuffix('/precision_recall')}/auc" if tag.endswith("/precision_recall") else tag
+    return tag.startswith("custom_scalars") or (step, named) in kept
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """The whole records of an event file; the last may be cut short where a process died."""
+    reader = RawEventFileLoader(str(file))
+    with contextlib.suppress(DataLossError):
+        yield from reader.Load()
 
 
 def write_json(path: Path, content: dict) -> None:

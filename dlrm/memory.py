@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,6 +62,14 @@ def peak_bytes(device: torch.device | str) -> int:
         maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return maximum if sys.platform == "darwin" else maximum * 1024
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def available_bytes() -> int:
+    """Memory that can still be had, by Linux's reckoning; elsewhere all that the machine has."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

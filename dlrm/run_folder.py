@@ -1,10 +1,16 @@
 """A folder per run, and what identifies a run: the commit and a hash of its configuration."""
 
+import fcntl
 import hashlib
 import json
+import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+
+HELD = ".held"  # a file whose lock says that a process trains in its folder; in it the process's number
 
 
 def make_run_folder(path: str | Path) -> Path:
@@ -21,6 +27,23 @@ def make_run_folder(path: str | Path) -> Path:
         except FileExistsError:
             continue
         return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, no other process may train in a folder; a dead process's hold ends with it.
+
+    Raises ValueError, with the other's number, if one does."""
+    with (folder / HELD).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder}: process {file.read().strip() or '?'} is training there") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def git_commit() -> str | None:

@@ -6,13 +6,16 @@ from math import cos, pi
 
 import torch
 
+from dlrm.checkpoints import CheckpointSettings
+
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """Keys `trainer.*`, and the root's precision, device and deterministic. Raises ValueError, naming the key.
+    """Keys `trainer.*`, `checkpoint`, and the root's precision, device and deterministic. Raises ValueError, naming the
+    key.
 
     The run ends after `epochs` or `max_steps`, whichever is first; either may be None, not both.
     """
@@ -26,6 +29,7 @@ class TrainerSettings:
     warmup_steps: int  # steps in which the learning rate grows linearly to its value
     decay: str  # from there on: constant, or linear or cosine down to 0 at the last step
     average_from: float | None  # evaluate the mean of the weights since this share of the steps; None: the last ones
+    checkpoint: CheckpointSettings
     save_checkpoint: bool  # at the end of the run; false: no weights stay
     keep_best: bool  # on the disk, while the run lasts: the weights of the best eval/auc, to measure test/* on them too
     cuda_graph: bool | str  # on CUDA one graph per step: auto (where it can hold the step), true or false
@@ -48,6 +52,8 @@ class TrainerSettings:
             _check_share("average_from", self.average_from)
         if self.cuda_graph not in (True, False, "auto"):
             raise ValueError(f"trainer.cuda_graph={self.cuda_graph}: must be auto, true or false")
+        if self.checkpoint.every and not self.save_checkpoint:
+            raise ValueError(f"checkpoint.every={self.checkpoint.every}: with trainer.save_checkpoint=false none stays")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("trainer.epochs and trainer.max_steps are both null: give one, or the run never ends")
         _check_choice("trainer.decay", self.decay, DECAYS)

@@ -2,9 +2,13 @@
 
 import json
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +19,10 @@ from dlrm import checkpoint, memory
 from dlrm.average import WeightAverage
 from dlrm.best import BestWeights
 from dlrm.board import NUM_SAMPLES, add_feature_histograms
+from dlrm.checkpoints import Checkpoints
 from dlrm.evaluation import Evaluation, evaluate, predict
 from dlrm.feed import on_device
-from dlrm.graph import DenseStep, GraphedStep, cuda_capture
+from dlrm.graph import CudaGraphs, DenseStep, GraphedStep
 from dlrm.interrupt import Interrupt, Stop
 from dlrm.log import RunLog
 from dlrm.model import DLRM
@@ -25,9 +30,12 @@ from dlrm.progress import Progress
 from dlrm.report import NOT_LEARNED, NOT_SAVED, final_table
 from dlrm.run_folder import first_difference
 from dlrm.settings import TrainerSettings
+from embeddings import native
 
 if TYPE_CHECKING:
     from data.batch import Batch
+
+NUM_RECENT, SPIKE = 10, 2.0  # a loss this many times the median of so many before it is worth a line
 
 
 class Trainer:
@@ -62,34 +70,44 @@ class Trainer:
         self.eval_split = "valid" if dataset.num_samples["valid"] else "test"
         chooses = settings.keep_best and settings.eval_every and self.eval_split == "valid"
         self.best = BestWeights(log.folder / "checkpoints") if chooses else None
+        self.checkpoints = Checkpoints(log.folder / "checkpoints", model, self.saved, settings.checkpoint)
         # the loop's state, which a checkpoint keeps beside the tensors; sample: how many of this epoch are trained on
         self.step = self.epoch = self.sample = 0
+        self.records_due = False  # whether an interrupt came before what belongs behind the step was recorded
         # of this process: samples trained on, seconds of training and of evaluation, the losses not yet logged
         self.num_samples, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
         self.loss_sum, self.num_losses = torch.zeros((), device=settings.device), 0
         self.gradient_bytes = 0  # the most that a step's gradients of the embeddings took
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
         self.has_warned = False
+        self.recent_losses: deque[float] = deque(maxlen=NUM_RECENT)  # as logged
         self.interrupt, self.progress = Interrupt(), None
-        uses_graph = settings.cuda_graph is not False and torch.device(settings.device).type == "cuda"
-        self.run_step = self._graphed_step() if uses_graph else self._eager_step
+        model.embeddings.register_full_backward_pre_hook(lambda *given: self._check_embedding_gradient(*given))
+        self.run_step = self._make_step()
 
-    def resume(self, path: str) -> None:
-        """Goes on from the newest checkpoint at path: a run's folder, its checkpoints folder, or one checkpoint.
+    def resume(self, path: Path | str, despite: Iterable[str] = ()) -> None:
+        """Goes on from the newest checkpoint at path that is whole: a run's folder, its checkpoints folder, or one
+        checkpoint. If it is of this run's own folder, `log` has its records. despite: see `check_same_run`.
 
         Raises ValueError, before anything is changed, when it is damaged or of a run with another identity or data.
         """
+        path = checkpoint.newest_whole(path)
         counters = checkpoint.read_counters(path)
-        if difference := first_difference(counters.get("identity", {}), self.identity):
-            key, *values = difference
-            saved, mine = map(json.dumps, values)
-            raise ValueError(f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run")
-        if counters["fingerprint"] != self.dataset.fingerprint:
-            raise ValueError(f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']})")
+        check_same_run(path, counters, self.identity, self.dataset.fingerprint, despite)
         checkpoint.load(path, self.model, self.saved)
         self.step, self.epoch, self.sample = counters["step"], counters["epoch"], counters["sample"]
+        self.loss_sum.fill_(counters.get("loss_sum", 0.0))
+        self.num_losses, self.gradient_bytes = counters.get("num_losses", 0), counters.get("gradient_bytes", 0)
+        self.has_warned, self.records_due = counters.get("has_warned", False), counters.get("records_due", False)
+        self.recent_losses.extend(counters.get("recent_losses", ()))
+        is_own = path.parent == self.log.folder / "checkpoints"
+        if is_own and (pending := counters.get("pending")):
+            values = {tag: math.nan if value is None else value for tag, value in pending["values"].items()}
+            self.log.add(values, pending["reasons"])
+            if not self.records_due and self.step != self.num_steps:  # it was that run's last step
+                self.log.write(self.step)
         if self.best is not None:
-            self.best.adopt(checkpoint.find(path).parent, self.step)
+            self.best.adopt(path.parent, self.step)
         if self.sample == self.num_train:  # saved at the very end of an epoch
             self.epoch, self.sample = self.epoch + 1, 0
 
@@ -116,7 +134,7 @@ class Trainer:
                 self._evaluate_at_end()
             results["status"] = "completed"
         except KeyboardInterrupt:
-            results["status"] = "interrupted"
+            results |= {"status": "interrupted", "signal": self.interrupt.requested or signal.SIGINT.value}
         except BaseException as error:
             results["status"] = f"failed: {error}"
             raise
@@ -138,31 +156,43 @@ class Trainer:
         self.last_log = (began, 0)  # seconds on a clock that stands still during evaluation; num_samples
         with Progress(total, self.epoch * self.num_train + self.sample) as self.progress:
             try:
+                if self.records_due:
+                    self._record()
                 while self.step < self.num_steps and not self.interrupt.requested:
                     self._train_epoch()
-            except Stop:
-                if self.num_losses:  # in an evaluation: the weights, if finite, are worth a checkpoint
-                    self._add_training()
+            except Stop:  # in an evaluation, before which the weights are whole
+                pass
             finally:
                 self.train_seconds = time.perf_counter() - self.eval_seconds - began
 
     def _train_epoch(self) -> None:
-        """Trains from self.sample to the end of the epoch, or to the end of the run, or to Ctrl-C."""
+        """Trains from self.sample to the end of the epoch, or to the end of the run, or until it is interrupted."""
         settings = self.settings
         self.model.train()
         batches = self.dataset.batches("train", settings.batch_size, epoch=self.epoch, start=self.sample)
         for batch in on_device(batches, settings.device):
             self._train_step(batch)
-            is_last = self.step == self.num_steps or self.interrupt.requested
-            if self.step % settings.log_every == 0 or is_last:
-                self._add_training()
-            if is_last:
-                return  # what was added is written with the results at the end
+            self.records_due = True
+            if self.interrupt.requested:
+                return
+            self._record()
+            if self.step == self.num_steps:
+                return
+        self.epoch, self.sample = self.epoch + 1, 0
+
+    def _record(self) -> None:
+        """What belongs behind a step: its records, an evaluation, a checkpoint. After an interrupt the rest is due."""
+        settings, is_last = self.settings, self.step == self.num_steps
+        if self.num_losses and (self.step % settings.log_every == 0 or is_last):
+            self._add_training()
+        if not is_last:  # what was added then is written with the results at the end
             if settings.eval_every and self.step % settings.eval_every == 0:
                 self._add_evaluation(self._evaluate(self.eval_split, exact=False), is_last=False)
                 self._add_memory()
             self.log.write(self.step)
-        self.epoch, self.sample = self.epoch + 1, 0
+        self.records_due = False
+        if not is_last and settings.checkpoint.every and self.step % settings.checkpoint.every == 0:
+            self._save_meanwhile()
 
     def _train_step(self, batch: "Batch") -> None:
         factor = self.settings.learning_rate_factor(self.step, self.num_steps)
@@ -192,14 +222,22 @@ class Trainer:
         if not loss.is_cuda:  # there a look would wait for the device: see _add_training
             self._check_finite(loss, batch)
         loss.backward()
+        if not loss.is_cuda:
+            self._check_gradients()
         self.loss_sum += loss.detach()
 
-    def _graphed_step(self, capture=cuda_capture) -> Callable[["Batch"], None]:
+    def _make_step(self) -> Callable[["Batch"], None]:
+        uses_graph = self.settings.cuda_graph is not False and torch.device(self.settings.device).type == "cuda"
+        return self._graphed_step() if uses_graph else self._eager_step
+
+    def _graphed_step(self, graphs=None) -> Callable[["Batch"], None]:
         """The step as replays of a CUDA graph, or, saying why, as it is. Raises ValueError if a graph was asked for."""
         dense_optimizer, embedding_optimizer = self.optimizers.values()
         try:
             if not self.model.embeddings.is_fused:
                 raise ValueError("the embeddings' step outside the backward pass (optimizer.fused=true)")
+            if not native.ensure():
+                raise ValueError("the reference kernels, which wait for the device (native=require)")
             dense_step = DenseStep(dense_optimizer)
         except ValueError as error:
             if self.settings.cuda_graph is True:
@@ -208,23 +246,58 @@ class Trainer:
             return self._eager_step
 
         def launch(batch: "Batch") -> None:
+            dense_optimizer.zero_grad()  # a capture that failed half-way may have left some
             self._backward(batch)
             dense_step()
             dense_optimizer.zero_grad()
 
-        how = {"prepare": dense_step.prepare, "counted": embedding_optimizer.counted, "capture": capture}
-        return GraphedStep(launch, **how)
+        return GraphedStep(
+            launch,
+            prepare=dense_step.prepare,
+            counted=embedding_optimizer.counted,
+            check=self.model.embeddings.raise_noted,
+            graphs=graphs or CudaGraphs(self.settings.device),
+        )
 
     def _check_finite(self, loss: Tensor, batch: "Batch") -> None:
         if not torch.isfinite(loss):
             words = f"the loss is not finite at step {self.step + 1}, before its update"
             raise FloatingPointError(f"{words}: {self._explain(batch)}")
 
+    def _check_gradients(self) -> None:
+        """Of the dense layers; those of the embeddings are looked at in the backward pass, where fused ones step."""
+        grads = {
+            name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.is_sparse
+        }
+        if grads and not math.isfinite(sum(grad.sum().item() for grad in grads.values())):
+            for name, grad in grads.items():
+                if not torch.isfinite(grad).all():
+                    raise FloatingPointError(
+                        f"step {self.step + 1}, before its update: the gradient of {name} has a NaN or an infinity, "
+                        "though the loss has not; a lower learning rate may help"
+                    )
+
+    def _check_embedding_gradient(self, module, gradients: tuple[Tensor, ...]) -> None:
+        """A hook before the embeddings' backward pass, and so before any fused step. gradients: one, [B, F, D]."""
+        (gradient,) = gradients
+        if gradient.is_cuda or math.isfinite(gradient.sum().item()):
+            return
+        bad = ~torch.isfinite(gradient).all(2).all(0)  # [F]
+        if bad.any():
+            feature = self.dataset.feature_names[int(bad.nonzero()[0])]
+            raise FloatingPointError(
+                f"step {self.step + 1}, before its update: the gradient of feature {feature}'s vectors has a NaN or an "
+                "infinity, though the loss has not; a lower learning rate may help"
+            )
+
     def _explain(self, batch: "Batch") -> str:
         """The first tensor with a NaN or infinity, in the order in which they could have caused each other."""
         columns = {f"dense column {name}": batch.dense[:, i] for i, name in enumerate(self.dataset.dense_names)}
-        parameters = {f"weights {name}": parameter for name, parameter in self.model.named_parameters()}
-        for name, tensor in (columns | {"the labels": batch.labels} | parameters).items():
+        tables = self.model.embeddings.table_weights()
+        weights = {f"weights of feature {name}": part for name, parts in tables.items() for part in parts}
+        of_embeddings = set(self.model.embeddings.parameters())
+        dense = {f"weights {name}": p for name, p in self.model.named_parameters() if p not in of_embeddings}
+        for name, tensor in (columns | {"the labels": batch.labels} | weights | dense).items():
             if not torch.isfinite(tensor).all():
                 return f"{name} have a value that is NaN or infinite"
         return "inputs and weights are finite, so the logits overflowed; a lower learning rate may help"
@@ -237,6 +310,7 @@ class Trainer:
                 f"the loss is not finite in steps {self.step - self.num_losses + 1} to {self.step}; "
                 "trainer.log_every=1 finds the step, device=cpu also the tensor"
             )
+        self._look_for_a_spike(loss)
         self.loss_sum.zero_()
         self.num_losses = 0
         now, (last_time, last_samples) = time.perf_counter() - self.eval_seconds, self.last_log
@@ -249,6 +323,12 @@ class Trainer:
         }
         self.log.add(values, {})
         self.progress.show(f"step {self.step:,} loss {loss:.4f}")
+
+    def _look_for_a_spike(self, loss: float) -> None:
+        if len(self.recent_losses) == NUM_RECENT and loss > SPIKE * (usual := median(self.recent_losses)):
+            words = f"the loss jumped to {loss:.4f}, from {usual:.4f} (the median of {NUM_RECENT} records before)"
+            self._say(f"step {self.step:,}: {words}; a lower learning rate or a longer warm-up may help")
+        self.recent_losses.append(loss)
 
     def _evaluate(self, split: str, *, exact: bool) -> Evaluation:
         check = self.interrupt.check
@@ -332,24 +412,60 @@ class Trainer:
         """The embeddings' bytes by feature; those of optimizers are there once they have stepped."""
         return memory.ledger(self.model.embeddings, self.saved.values(), self.settings.batch_size)
 
+    def _counters(self) -> dict:
+        """The loop's state beside the tensors: what `resume` reads."""
+        self.log.flush()  # records are never behind a checkpoint
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "sample": self.sample,
+            "fingerprint": self.dataset.fingerprint,
+            "identity": self.identity,
+            "rows": self.log.num_rows,
+            "pending": self.log.pending,
+            "loss_sum": self.loss_sum.item(),
+            "num_losses": self.num_losses,
+            "gradient_bytes": self.gradient_bytes,
+            "has_warned": self.has_warned,
+            "records_due": self.records_due,
+            "recent_losses": list(self.recent_losses),
+        }
+
+    def _save_meanwhile(self) -> None:
+        """Begins a checkpoint; one that cannot be written is said, and the next one tried."""
+        try:
+            self.checkpoints.save(self._counters())
+        except OSError as error:
+            last = "none is there yet" if self.checkpoints.last is None else f"the last one is {self.checkpoints.last}"
+            self._say(f"step {self.step:,}: a checkpoint could not be written: {error}; {last}")
+
     def _save(self) -> dict:
         """What the summary says of the checkpoint, once it is saved; without it the results are still worth having."""
-        counters = {"step": self.step, "epoch": self.epoch, "sample": self.sample}
-        counters |= {"fingerprint": self.dataset.fingerprint, "identity": self.identity}
-        checkpoints = (self.log.folder / "checkpoints", self.model, self.saved, counters)
         try:
             try:
-                path = checkpoint.save(*checkpoints)
+                self.checkpoints.wait()
+            except OSError as error:
+                self._say(f"a checkpoint could not be written: {error}")
+            counters = self._counters()
+            try:
+                self._save_and_wait(counters)
             except OSError:
                 if self.best is None or not self.best.give_way():
                     raise
                 self._say("no room for the checkpoint beside the best weights: they are removed")
-                path = checkpoint.save(*checkpoints)
+                self._save_and_wait(counters)
         except OSError as error:
             self._say(NOT_SAVED.format(error=error))
             return {"checkpoint_error": str(error)}
+        finally:
+            self.checkpoints.release()
+        path = self.checkpoints.last
         files = [file.stat().st_size for file in path.iterdir()]
         return {"checkpoint": str(path), "checkpoint_bytes": sum(files)}
+
+    def _save_and_wait(self, counters: dict) -> None:
+        self.checkpoints.save(counters)
+        self.checkpoints.wait()
 
     def _facts(self) -> dict:
         """What summary.json says beside the tags, as of now."""
@@ -381,6 +497,38 @@ class Trainer:
         if torch.device(self.settings.device).type == "cuda":
             torch.cuda.synchronize(self.settings.device)
         return time.perf_counter()
+
+
+def check_same_run(path: Path, counters: dict, identity: dict, fingerprint: str, despite: Iterable[str] = ()) -> None:
+    """Raises ValueError, with the difference, unless a checkpoint's counters are of a run of this identity and data.
+
+    despite: dotted keys of the identity that may differ, and "data" for the data itself."""
+    saved, mine = (without(whole, despite) for whole in (counters.get("identity", {}), identity))
+    if difference := first_difference(saved, mine):
+        key, *values = difference
+        saved, mine = map(json.dumps, values)
+        raise ValueError(
+            f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run "
+            f"(resume_despite=[{key}] goes on all the same)"
+        )
+    if counters["fingerprint"] != fingerprint and "data" not in despite:
+        raise ValueError(
+            f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']}, now {fingerprint}; "
+            "resume_despite=[data] goes on all the same)"
+        )
+
+
+def without(whole: dict, keys: Iterable[str]) -> dict:
+    """Nested dicts less what these dotted keys name."""
+    left = json.loads(json.dumps(whole))
+    for key in keys:
+        *parents, last = key.split(".")
+        inner = left
+        for parent in parents:
+            inner = inner.get(parent) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return left
 
 
 def _tagged(tag: str, values: dict) -> dict:

@@ -38,6 +38,11 @@ class _Rows(Optimizer):
         self._numbers: dict[Tensor, Tensor] = {}  # of each parameter that is stepped fused: `numbers` of bag_update
         self._has_counted = False
 
+    def __setstate__(self, state: dict) -> None:
+        """Of a copy: torch hands on its own attributes alone."""
+        super().__setstate__(state)
+        self._numbers, self._has_counted = {}, False
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient. closure is not supported."""

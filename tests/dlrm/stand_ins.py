@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from data.batch import Batch
+from dlrm.checkpoints import CheckpointSettings
 
 SETTINGS = {
     "batch_size": 32,
@@ -19,6 +20,7 @@ SETTINGS = {
     "decay": "linear",
     "average_from": None,
     "cuda_graph": "auto",
+    "checkpoint": CheckpointSettings(every=0, keep=2, asynchronous=False),
     "save_checkpoint": True,
     "keep_best": False,  # it leaves other weights than the last in the model
     "precision": "fp32",
@@ -60,6 +62,9 @@ class StandInBags(nn.Module):
 
     def split(self, num_bytes: Callable) -> dict[str, int]:
         return {name: num_bytes(bag.weight) for name, bag in zip(self.names, self.bags, strict=True)}
+
+    def table_weights(self) -> dict[str, list[Tensor]]:
+        return {name: [bag.weight.detach()] for name, bag in zip(self.names, self.bags, strict=True)}
 
     def collision_traffic(self, ids: Tensor, offsets: Tensor | None) -> dict[str, Tensor]:
         return {name: torch.zeros(len(ids) // self.num_features) for name in self.names}

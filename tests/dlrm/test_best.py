@@ -148,8 +148,8 @@ class Disk:
     """Has room for so many saves of weights or of checkpoints; what is removed gives its room back."""
 
     def __init__(self, monkeypatch, folder, room: int):
-        self.folder, self.room, self.write = folder, room, checkpoint._write
-        monkeypatch.setattr(checkpoint, "_write", self.save)
+        self.folder, self.room, self.write = folder, room, checkpoint.write
+        monkeypatch.setattr(checkpoint, "write", self.save)
 
     def save(self, path, *content):
         if len(list(self.folder.glob("*"))) >= self.room:

@@ -101,7 +101,7 @@ def test_a_save_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "_write_tensors", full)
     for step in (12, 13):
         with pytest.raises(OSError):
             checkpoint.save(tmp_path, *make_parts(2), COUNTERS | {"step": step})
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_while_writing_is_an_os_error_with_needed_and_free_
     command = [sys.executable, "-c", FILL, str(tmp_path)]
     paths = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}"}
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | paths)
-    assert re.search(r"File too large .*the checkpoint needs [0-9,]+ bytes, the disk has [0-9,]+ free", result.stdout)
+    assert re.search(r"File too large.*the checkpoint needs [0-9,]+ bytes, the disk has [0-9,]+ free", result.stdout)
     assert not list(tmp_path.iterdir())
 
 
@@ -191,8 +191,14 @@ def test_any_flipped_bit_is_found_before_anything_changes(tmp_path, name):
 def test_a_damaged_manifest_and_a_future_format_are_refused(tmp_path):
     path = checkpoint.save(tmp_path, *make_parts(1), COUNTERS) / "manifest.json"
     manifest = json.loads(path.read_text())
+    assert manifest["format"] == 2
+    (path.parent / "manifest.sha256").unlink()
+    with pytest.raises(ValueError, match="manifest.sha256 is missing"):
+        checkpoint.load(tmp_path, *make_parts(1))
+    path.write_text(json.dumps(manifest | {"format": 1}))  # which had no digest
+    checkpoint.load(tmp_path, *make_parts(1))
     path.write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="checkpoint format 99; this version reads 1"):
+    with pytest.raises(ValueError, match="checkpoint format 99; this version reads 2"):
         checkpoint.load(tmp_path, *make_parts(1))
     path.write_text("{")
     with pytest.raises(ValueError, match="manifest.json is damaged"):

@@ -14,7 +14,7 @@ from stand_ins import SETTINGS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlrm.feed import on_device
-from dlrm.graph import WARM_UP, DenseStep
+from dlrm.graph import WARM_UP, CudaGraphs, DenseStep
 from dlrm.log import RunLog
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
@@ -82,16 +82,26 @@ def assert_same_state(a, b):
         assert x.equal(y), name
 
 
+class StandIn:
+    """CudaGraphs without a device."""
+
+    def __init__(self, capture):
+        self.capture = capture
+
+    def warm_up(self, run):
+        run()
+
+
 def refuse(run):
     raise RuntimeError("operation not permitted when stream is capturing\nand more words")
 
 
-def assert_graph_trains_as_eager(tmp_path, *overrides, capture=lambda run: run, **how):
+def assert_graph_trains_as_eager(tmp_path, *overrides, graphs=None, **how):
     eager = make_trainer(tmp_path / "eager", *overrides, **how)
-    eager.run_step = eager._graphed_step(refuse)
+    eager.run_step = eager._graphed_step(graphs=StandIn(refuse))
     eager.train()
     graphed = make_trainer(tmp_path / "graphed", *overrides, **how)
-    graphed.run_step = graphed._graphed_step(capture)
+    graphed.run_step = graphed._graphed_step(graphs=graphs or StandIn(lambda run: run))
     graphed.train()
     assert_same_state(eager, graphed)
     assert eager.log.last["train/loss"] == graphed.log.last["train/loss"]
@@ -102,7 +112,7 @@ def assert_graph_trains_as_eager(tmp_path, *overrides, capture=lambda run: run, 
 def test_replays_train_as_eager_steps_do(tmp_path, optimizer):
     dense = "sgd" if optimizer == "sgd" else "adagrad"
     graphed = assert_graph_trains_as_eager(tmp_path, f"optimizer/embedding={optimizer}", dense=dense)
-    assert graphed.run_step._num_eager == WARM_UP + 2  # the last batch of each epoch, too
+    assert graphed.run_step._num_eager == WARM_UP + 2  # the last, smaller batch of each epoch, too
 
 
 def test_random_rounding_and_bf16_layers_go_on_as_they_would(tmp_path):
@@ -120,8 +130,9 @@ def test_random_rounding_and_bf16_layers_go_on_as_they_would(tmp_path):
 def test_nothing_in_a_captured_step_waits_for_the_device(tmp_path, backend, optimizer):
     compression = [] if backend in ("dense", "fast") else ["compression=0.5"]
     trainer = make_trainer(tmp_path / "run", f"embedding={backend}", f"optimizer/embedding={optimizer}", *compression)
-    trainer.run_step = trainer._graphed_step(without_waits)
-    trainer._check_finite = lambda loss, batch: None  # on CUDA it is not called
+    trainer.run_step = trainer._graphed_step(graphs=StandIn(without_waits))
+    trainer._check_finite = trainer._check_embedding_gradient = lambda *given: None  # on CUDA they look at nothing
+    trainer._check_gradients = lambda: None
     trainer.train()
     assert trainer.run_step.refusal is None
 
@@ -130,7 +141,7 @@ def test_a_wait_in_the_step_would_have_been_seen(tmp_path, monkeypatch):
     backward = Trainer._backward
     monkeypatch.setattr(Trainer, "_backward", lambda self, batch: (self.loss_sum.item(), backward(self, batch)))
     trainer = make_trainer(tmp_path / "run")
-    trainer.run_step = trainer._graphed_step(without_waits)
+    trainer.run_step = trainer._graphed_step(graphs=StandIn(without_waits))
     with pytest.raises(RuntimeError, match="_local_scalar_dense waits for the device"):
         trainer.train()
 
@@ -175,7 +186,7 @@ def test_the_kernels_wait_and_allocate_only_where_it_is_said():
 
 def test_what_cannot_be_captured_is_said_once_and_training_goes_on(tmp_path, capsys):
     trainer = make_trainer(tmp_path / "run")
-    trainer.run_step = trainer._graphed_step(refuse)
+    trainer.run_step = trainer._graphed_step(graphs=StandIn(refuse))
     assert trainer.train()["status"] == "completed"
     assert trainer.run_step.refusal == "operation not permitted when stream is capturing"
     assert capsys.readouterr().out.count("cuda graph: none, steps are launched one by one: operation not") == 1
@@ -202,13 +213,16 @@ def test_the_dense_step_is_the_optimizers_own(make):
 
 REFUSALS = [
     (dict(dense="adam"), "Adam's step"),
+    (dict(native=False), r"the reference kernels, which wait for the device \(native=require\)"),
     (dict(fused=False), r"the embeddings' step outside the backward pass \(optimizer.fused=true\)"),
 ]
 
 
-@pytest.mark.parametrize("how, why", REFUSALS, ids=["dense-optimizer", "embedding-optimizer"])
-def test_optimizers_that_a_graph_cannot_hold(tmp_path, capsys, how, why):
-    trainer = make_trainer(tmp_path / "run", **how)
+@pytest.mark.parametrize("how, why", REFUSALS, ids=["dense-optimizer", "kernels", "embedding-optimizer"])
+def test_what_a_graph_cannot_hold(tmp_path, capsys, monkeypatch, how, why):
+    if how.get("native") is False:
+        monkeypatch.setattr("dlrm.trainer.native.ensure", lambda: False)
+    trainer = make_trainer(tmp_path / "run", **{key: value for key, value in how.items() if key != "native"})
     assert trainer._graphed_step() == trainer._eager_step
     assert re.search(f"cuda graph: none, .*: a graph cannot hold {why}", capsys.readouterr().out)
     object.__setattr__(trainer.settings, "cuda_graph", True)
@@ -226,12 +240,46 @@ def test_options_of_a_dense_optimizer_that_a_graph_cannot_hold(options, why):
         DenseStep(torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1, **options))
 
 
+def test_a_capture_that_fails_half_way_leaves_nothing_behind(tmp_path):
+    """The gradients that it has set were never computed."""
+
+    def half_way(run):
+        for parameter in trainer.model.dense_parameters():
+            parameter.grad = torch.full_like(parameter, 1e9)
+        raise RuntimeError("out of memory")
+
+    trainers = [make_trainer(tmp_path / name) for name in ("whole", "half")]
+    for trainer, capture in zip(trainers, (refuse, half_way), strict=True):
+        trainer.run_step = trainer._graphed_step(graphs=StandIn(capture))
+        trainer.train()
+    assert_same_state(*trainers)
+
+
+def test_what_the_steps_before_met_is_raised_and_not_taken_for_a_refusal(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.model.embeddings.raise_noted = lambda: (_ for _ in ()).throw(RuntimeError("id out of range"))
+    trainer.run_step = trainer._graphed_step(graphs=StandIn(refuse))
+    with pytest.raises(RuntimeError, match="id out of range"):
+        trainer.train()
+
+
+def test_the_second_of_two_batches_of_one_shape_is_captured(tmp_path):
+    """Not a small last batch of an epoch, which the graph would then wait for."""
+    trainer = make_trainer(tmp_path / "run")
+    trainer.run_step = trainer._graphed_step(graphs=StandIn(lambda run: run))
+    full, *_, small = trainer.dataset.batches("train", 32)
+    for batch in (full, full, full, small, full):
+        trainer.run_step(batch)
+    assert trainer.run_step._num_eager == 5
+    trainer.run_step(full)
+    assert trainer.run_step._num_eager == 5 and len(trainer.run_step._batch.labels) == 32
+
+
 def test_batches_of_bags_are_eager(tmp_path):
     trainer = make_trainer(tmp_path / "run")
-    trainer.run_step = trainer._graphed_step(without_waits)
+    trainer.run_step = trainer._graphed_step(graphs=StandIn(without_waits))
     batches = list(trainer.dataset.batches("train", 32))[:6]
     for batch in batches:
-        trainer._train_step = None
         trainer.run_step(batch._replace(offsets=torch.arange(len(batch.ids) + 1)))
     assert trainer.run_step._num_eager == 6 > WARM_UP
 
@@ -245,11 +293,9 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optimizer", EMBEDDING_OPTIMIZERS)
 def test_a_cuda_graph_trains_as_eager_steps_do(tmp_path, backend, optimizer):
-    from dlrm.graph import cuda_capture
-
     compression = [] if backend in ("dense", "fast") else ["compression=0.5"]
     overrides = (f"embedding={backend}", f"optimizer/embedding={optimizer}", *compression)
-    graphed = assert_graph_trains_as_eager(tmp_path, *overrides, capture=cuda_capture, device="cuda")
+    graphed = assert_graph_trains_as_eager(tmp_path, *overrides, graphs=CudaGraphs("cuda"), device="cuda")
     assert graphed.run_step.refusal is None
 
 
