@@ -125,6 +125,10 @@ def launch(given: list[str], folder: Path) -> int:
     return 0
 
 
+class Busy(ConfigError):
+    """Another process trains in the run's folder."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was asked to end by the signal of this number, and has."""
 
@@ -173,6 +177,8 @@ def run(composed) -> float | None:
         return attempt(config, folder)
     try:
         return run_once(config, folder)
+    except Busy:  # the folder is another process's
+        raise
     except ConfigError:
         if not (folder / "metrics.jsonl").exists():  # nothing but the refused config: leave no folder behind
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
@@ -214,8 +220,10 @@ def attempt(config: dict, folder: Path) -> float | None:
 def run_once(config: dict, folder: Path) -> float | None:
     """Train in a folder of its own. Returns eval/auc of the last weights, on the validation split if there is one."""
     with contextlib.ExitStack() as stack:
-        with refusals():
+        try:
             stack.enter_context(held(folder))
+        except ValueError as error:
+            raise Busy(str(error)) from error
         if config["resume"] == "auto" and jobs.is_completed(folder, config_hash(config)):
             print(f"{folder}: this run has its result")
             return json.loads((folder / "summary.json").read_text())["last"]["eval/auc"]

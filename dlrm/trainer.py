@@ -106,6 +106,8 @@ class Trainer:
             self.log.add(values, pending["reasons"])
             if not self.records_due and self.step != self.num_steps:  # it was that run's last step
                 self.log.write(self.step)
+        if self.records_due:
+            self._set_rates(self.step - 1)
         if self.best is not None:
             self.best.adopt(path.parent, self.step)
         if self.sample == self.num_train:  # saved at the very end of an epoch
@@ -195,10 +197,7 @@ class Trainer:
             self._save_meanwhile()
 
     def _train_step(self, batch: "Batch") -> None:
-        factor = self.settings.learning_rate_factor(self.step, self.num_steps)
-        for name, optimizer in self.optimizers.items():
-            for group, rate in zip(optimizer.param_groups, self.full_rates[name], strict=True):
-                group["lr"] = rate * factor
+        self._set_rates(self.step)
         self.run_step(batch)
         self.step += 1
         if self.average is not None and self.step > self.settings.average_from * self.num_steps:
@@ -207,6 +206,13 @@ class Trainer:
         self.num_samples += len(batch.labels)
         self.num_losses += 1
         self.progress.advance(len(batch.labels))
+
+    def _set_rates(self, step: int) -> None:
+        """Learning rates as in the step after so many."""
+        factor = self.settings.learning_rate_factor(step, self.num_steps)
+        for name, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self.full_rates[name], strict=True):
+                group["lr"] = rate * factor
 
     def _eager_step(self, batch: "Batch") -> None:
         self._backward(batch)

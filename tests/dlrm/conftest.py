@@ -13,9 +13,9 @@ from dlrm.trainer import Trainer
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(folder name, data=..., sparse=..., lr=..., identity=..., any of SETTINGS) -> Trainer."""
+    """make_trainer(folder name, data=..., sparse=..., lr=..., identity=..., after=..., any of SETTINGS) -> Trainer."""
 
-    def make(folder="run", *, data=None, sparse=False, lr=0.05, identity=None, **settings):
+    def make(folder="run", *, data=None, sparse=False, lr=0.05, identity=None, after=None, **settings):
         data = data or StandInData()
         torch.manual_seed(0)
         bags = StandInBags(data.cardinalities, embedding_dim=4, sparse=sparse)
@@ -23,7 +23,7 @@ def make_trainer(tmp_path):
             bags, len(data.dense_names), embedding_dim=4, bottom_mlp=[4], top_mlp=[8, 1], interaction=DotInteraction
         )
         (tmp_path / folder).mkdir(exist_ok=True)
-        log = RunLog(tmp_path / folder, facts={"seed": 0}, hparams={"lr": lr})
+        log = RunLog(tmp_path / folder, facts={"seed": 0}, hparams={"lr": lr}, after=after)
         return Trainer(
             model,
             data,
