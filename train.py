@@ -4,6 +4,7 @@ python train.py embedding=hashed compression=0.1
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -225,9 +226,16 @@ def run_once(config: dict, folder: Path) -> float | None:
         except ValueError as error:
             raise Busy(str(error)) from error
         if config["resume"] == "auto" and jobs.is_completed(folder, config_hash(config)):
-            print(f"{folder}: this run has its result")
-            return json.loads((folder / "summary.json").read_text())["last"]["eval/auc"]
-        summary = train(config, folder)
+            summary = json.loads((folder / "summary.json").read_text())
+            if summary["checkpoint_error"] is None:
+                print(f"{folder}: this run has its result, of step {summary['steps']:,}")
+                return summary["last"]["eval/auc"]
+        try:
+            summary = train(config, folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(f"{error}; {folder}: the disk has {shutil.disk_usage(folder).free:,} bytes free") from error
     if summary["status"] == "interrupted":
         raise Interrupted(summary["signal"])  # ends a sweep too
     if summary["checkpoint_error"] is not None and HydraConfig.get().mode == RunMode.RUN:

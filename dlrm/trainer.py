@@ -6,7 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -141,6 +141,8 @@ class Trainer:
             results["status"] = f"failed: {error}"
             raise
         finally:
+            with suppress(OSError, FloatingPointError):  # if training failed; else it is written, or was said
+                self.checkpoints.wait()
             self._add_memory()
             self.log.text("embeddings/features", self._ledger())
             self.log.write(self.step)
@@ -439,11 +441,13 @@ class Trainer:
 
     def _save_meanwhile(self) -> None:
         """Begins a checkpoint; one that cannot be written is said, and the next one tried."""
-        try:
-            self.checkpoints.save(self._counters())
-        except OSError as error:
-            last = "none is there yet" if self.checkpoints.last is None else f"the last one is {self.checkpoints.last}"
-            self._say(f"step {self.step:,}: a checkpoint could not be written: {error}; {last}")
+        for begin in (self.checkpoints.wait, lambda: self.checkpoints.save(self._counters())):
+            try:
+                begin()
+            except OSError as error:
+                last = self.checkpoints.last
+                where = "none is there yet" if last is None else f"the last one is {last}"
+                self._say(f"step {self.step:,}: a checkpoint could not be written: {error}; {where}")
 
     def _save(self) -> dict:
         """What the summary says of the checkpoint, once it is saved; without it the results are still worth having."""

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from itertools import cycle
@@ -19,8 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from data.teacher import Teacher
-from dlrm import jobs
+from dlrm import checkpoint, jobs
 from dlrm.linear import cpu_flags, emulates_bf16
+from dlrm.run_folder import held
+from dlrm.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -227,6 +231,143 @@ def test_resume_ends_where_one_run_would(precision, cli, tmp_path):
     whole, rest = summary_of(tmp_path / "whole"), summary_of(tmp_path / "rest")
     assert rest["steps"] == whole["steps"] == 8
     assert rest["last"]["test/log_loss"] == whole["last"]["test/log_loss"]
+
+
+class Death(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def dies_after(monkeypatch):
+    """dies_after(step, do=...): the next run does this after that step, by default ending there."""
+
+    def arrange(step, do=None):
+        record = Trainer._record
+
+        def record_or_die(self):
+            if self.step == step:
+                monkeypatch.setattr(Trainer, "_record", record)
+                if do is None:
+                    raise Death
+                do()
+            record(self)
+
+        monkeypatch.setattr(Trainer, "_record", record_or_die)
+
+    return arrange
+
+
+AUTO = ("embedding=hashed", "compression=0.5", *SMALL, "checkpoint.every=2", "resume=auto", "hydra.run.dir=run")
+
+
+@pytest.mark.once
+def test_the_same_command_goes_on_with_its_run_and_ends_as_one_run_would(cli, tmp_path, dies_after):
+    assert cli(*AUTO[:-2], "hydra.run.dir=whole")[0] == 0
+    dies_after(5)
+    with pytest.raises(Death):
+        cli(*AUTO)
+    status, out, _ = cli(*AUTO)
+    assert status == 0 and "goes on from step 4 (" in out and "run/checkpoints/step_000000004)" in out
+    whole, run = summary_of(tmp_path / "whole"), summary_of(tmp_path / "run")
+    assert run["last"]["test/log_loss"] == whole["last"]["test/log_loss"] and run["steps"] == whole["steps"] == 8
+    rows = [[json.loads(line)["step"] for line in (tmp_path / f / "metrics.jsonl").open()] for f in ("whole", "run")]
+    assert rows[0] == rows[1] == [2, 4, 6, 8]
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run/checkpoints").rglob("*"))
+    status, out, _ = cli(*AUTO)
+    assert status == 0 and "run: this run has its result, of step 8" in out
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run/checkpoints").rglob("*"))
+
+
+@pytest.mark.once
+def test_without_a_folders_name_the_same_command_finds_its_run(cli, tmp_path, dies_after):
+    for _ in range(2):
+        dies_after(3)
+        with pytest.raises(Death):
+            cli(*AUTO[:-1])
+    assert len(list((tmp_path / "runs").glob("auto-*"))) == 1
+    assert cli(*AUTO[:-1], "seed=1")[0] == 0
+    assert len(list((tmp_path / "runs").glob("auto-*"))) == 2
+
+
+@pytest.mark.once
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(cli, dies_after):
+    dies_after(1)
+    with pytest.raises(Death):
+        cli(*AUTO)
+    status, out, _ = cli(*AUTO)
+    assert status == 0 and "run: this run ended before its first checkpoint and begins anew" in out
+
+
+@pytest.mark.once
+def test_a_changed_configuration_is_refused_unless_allowed_by_name_and_nothing_is_lost(cli, tmp_path, dies_after):
+    dies_after(5)
+    with pytest.raises(Death):
+        cli(*AUTO)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".held"]
+    before = {path: path.read_bytes() for path in files}
+    status, _, err = cli(*AUTO, "pooling=mean")
+    assert status == 2 and 'pooling is "sum" there and "mean" in this run (resume_despite=[pooling]' in err
+    assert before == {path: path.read_bytes() for path in files}
+    assert cli(*AUTO, "pooling=mean", "resume_despite=[pooling]")[0] == 0
+
+
+@pytest.mark.once
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(cli, tmp_path, dies_after):
+    dies_after(5)
+    with pytest.raises(Death):
+        cli(*AUTO)
+    newest = tmp_path / "run/checkpoints/step_000000004/model.safetensors"
+    newest.write_bytes(b"x" + newest.read_bytes()[1:])
+    status, out, _ = cli(*AUTO)
+    assert status == 0 and "step_000000004: model.safetensors is damaged (SHA-256); the one before is looked at" in out
+    assert "goes on from step 2" in out
+
+
+@pytest.mark.once
+def test_another_process_in_the_folder_is_refused_and_loses_nothing(cli, tmp_path):
+    (tmp_path / "run/.hydra").mkdir(parents=True)
+    with held(tmp_path / "run"):
+        status, _, err = cli(*AUTO)
+        assert status == 2 and f"run: process {os.getpid()} is training there" in err
+        assert (tmp_path / "run/.held").exists()
+    assert cli(*AUTO)[0] == 0
+
+
+def test_a_folder_that_is_no_runs_is_refused(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("all of it")
+    status, _, err = cli(*AUTO)
+    assert status == 2 and "hydra.run.dir=run: that folder is not empty" in err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_with_its_status_and_the_run_goes_on(cli, tmp_path, dies_after, number, status):
+    dies_after(3, do=lambda: os.kill(os.getpid(), number))
+    assert cli(*AUTO)[0] == status
+    assert (tmp_path / "run/checkpoints/step_000000004/manifest.json").exists()
+    assert summary_of(tmp_path / "run")["status"] == "interrupted"
+    code, out, _ = cli(*AUTO)
+    assert code == 0 and "goes on from step 4" in out and summary_of(tmp_path / "run")["status"] == "completed"
+
+
+@pytest.mark.once
+def test_a_full_disk_keeps_the_last_checkpoint_and_ends_with_status_1(cli, tmp_path, dies_after, monkeypatch):
+    usage = shutil.disk_usage
+    dies_after(3, do=lambda: monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10)))
+    status, _, err = cli(*AUTO)
+    assert status == 1 and "no checkpoint of the last weights" in err
+    assert re.search(r"a checkpoint could not be written: .* needs [\d,]+ bytes, the disk has 10 free", err)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000000002"]
+    assert summary_of(tmp_path / "run")["last"]["test/auc"] > 0.5
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    checkpoint.newest_whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize("bad", ["checkpoint.every=-1", "checkpoint.evry=3", "resume_despite=seed", "checkpoint=3"])
+def test_bad_checkpoint_keys_are_refused(bad, cli):
+    status, _, err = cli(*SMALL, bad)
+    assert status == 2 and bad.split("=")[0] in err
 
 
 def test_a_mean_of_16_bit_weights_is_refused(cli):

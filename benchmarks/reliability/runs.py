@@ -34,9 +34,9 @@ def command(folder: Path, num_samples: int, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *SMALL, samples, f"hydra.run.dir={folder}", *more]
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    """A process with one thread, whose output is read at its end."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def start(words: list[str], threads: int = 1) -> subprocess.Popen:
+    """A process whose output is read at its end."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 

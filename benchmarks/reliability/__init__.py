@@ -1,0 +1,1 @@
+"""What a run survives: kills, wrong bits, full disks, and other runs."""
