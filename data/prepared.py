@@ -2,9 +2,10 @@
 
 A folder holds dense.bin float32 [rows, num_dense], ids.bin int32 [rows, F1] of the single-valued features, labels.bin
 uint8 [rows], per multi-valued feature values.K.bin int32 [N] and indptr.K.bin int64 [rows+1], and manifest.json. Rows
-are ordered train, valid, test, or train, test, valid, as the manifest's `last` says. The manifest is written last and
-the folder renamed into place, so what has the final name is complete; the name is the fingerprint of files and options,
-which says what of a file it sees."""
+are ordered train, valid, test, or train, test, valid, as the manifest's `last` says. The manifest, with size and
+SHA-256 of every file, and its own SHA-256 are written last and the folder renamed into place, so what has the final
+name is complete; the name is the fingerprint of files and options, which says what of a file it sees. Hashes are looked
+at when a file's size, times or place on the disk are others than when they last were (`checked.json`)."""
 
 import fcntl
 import hashlib
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import IO
@@ -21,7 +23,8 @@ import torch
 
 from data.batch import Batch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+MANIFEST, DIGEST, CHECKED = "manifest.json", "manifest.sha256", "checked.json"
 CHUNK_ROWS = 4096  # rows read in sequence when a split is too large for a global shuffle
 WHOLE_BYTES = 1 << 28  # up to here a file's fingerprint is its content, which takes less than a second
 ENDS_BYTES = 64 * 1024  # of the head and of the tail of a larger file go into its fingerprint
@@ -45,6 +48,23 @@ def fingerprint(files: list[Path], options: object) -> str:
     return digest.hexdigest()
 
 
+class HashedFile:
+    """A new file, and the SHA-256 of what is written to it."""
+
+    def __init__(self, path: Path):
+        self._file, self._digest, self.num_bytes = open(path, "wb"), hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self.num_bytes += len(content)
+
+    def close(self) -> str:
+        """Brings it to the disk. Returns the hash in hex."""
+        flush(self._file)
+        return self._digest.hexdigest()
+
+
 class Writer:
     """Appends rows to the files of a folder under construction, in order; memory is that of one call's rows."""
 
@@ -52,7 +72,7 @@ class Writer:
         self.folder, self.rows, self.ends = folder, 0, [0] * num_multi
         names = ["dense.bin", "ids.bin", "labels.bin"]
         names += [f"{part}.{k}.bin" for k in range(num_multi) for part in ("indptr", "values")]
-        self.files = {name: open(folder / name, "wb") for name in names}
+        self.files = {name: HashedFile(folder / name) for name in names}
         for k in range(num_multi):
             self.files[f"indptr.{k}.bin"].write(np.zeros(1, np.int64).tobytes())
 
@@ -70,13 +90,15 @@ class Writer:
             self.ends[k] += len(values)
 
     def finish(self, manifest: dict) -> None:
-        """Brings every file to the disk, then writes the manifest, with the size in bytes of each file."""
-        for file in self.files.values():
-            flush(file)
-        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
-        with open(self.folder / "manifest.json", "w") as file:
-            json.dump(manifest | {"format": FORMAT_VERSION, "rows": self.rows, "sizes": sizes}, file, indent=1)
-            flush(file)
+        """Brings every file to the disk, then writes the manifest, with the size in bytes and the hash of each file."""
+        hashes = {name: file.close() for name, file in self.files.items()}
+        sizes = {name: file.num_bytes for name, file in self.files.items()}
+        manifest = manifest | {"format": FORMAT_VERSION, "rows": self.rows, "sizes": sizes, "sha256": hashes}
+        text = json.dumps(manifest, indent=1).encode()
+        for name, content in ((MANIFEST, text), (DIGEST, hashlib.sha256(text).hexdigest().encode())):
+            with open(self.folder / name, "wb") as file:
+                file.write(content)
+                flush(file)
 
 
 def flush(file: IO) -> None:
@@ -87,12 +109,44 @@ def flush(file: IO) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder has a manifest and every file has the size that it states."""
+    """Whether the folder has what was written: every file, of the size and the SHA-256 that the manifest states."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        text = (folder / MANIFEST).read_bytes()
+        if (folder / DIGEST).read_bytes() != hashlib.sha256(text).hexdigest().encode():
+            return False
+        manifest = json.loads(text)
+        if any((folder / name).stat().st_size != size for name, size in manifest["sizes"].items()):
+            return False
+        seen = {name: _looks(folder / name) for name in manifest["sizes"]}
+        if _checked(folder) == seen:
+            return True
+        size = sum(manifest["sizes"].values())
+        if size > WHOLE_BYTES:
+            print(f"data: {folder} is read once to check it ({size / 2**20:,.0f} MiB)", flush=True)
+        for name, wanted in manifest["sha256"].items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+                    return False
+    except (FileNotFoundError, ValueError, KeyError):
         return False
+    with suppress(OSError):  # a folder that is not ours to write is read at every start
+        temporary = folder / f".{CHECKED}.{os.getpid()}"
+        temporary.write_text(json.dumps(seen))
+        os.replace(temporary, folder / CHECKED)
+    return True
+
+
+def _looks(path: Path) -> list[int]:
+    """What changes when a file is written to, by whoever."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _checked(folder: Path) -> dict | None:
+    """How the files looked when their hashes were last right."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / CHECKED).read_text())
+    return None
 
 
 def prepare_once(folder: Path, build: Callable[[Path], None]) -> None:
@@ -114,7 +168,7 @@ def prepare_once(folder: Path, build: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         if folder.exists():
-            print(f"data: {folder} was damaged (a file is missing or has another size) and is prepared again")
+            print(f"data: {folder} was damaged (a file is missing, or is not what was written) and is prepared again")
             shutil.rmtree(folder)
         os.rename(temporary, folder)
         descriptor = os.open(folder.parent, os.O_RDONLY)
@@ -163,7 +217,7 @@ class Prepared:
     """A finished folder, opened for reading by memory map."""
 
     def __init__(self, folder: Path):
-        self.manifest = json.loads((folder / "manifest.json").read_text())
+        self.manifest = json.loads((folder / MANIFEST).read_text())
         self.folder, self.rows = folder, self.manifest["rows"]
         self.cardinalities: dict[str, int] = self.manifest["cardinalities"]
         self.num_samples: dict[str, int] = self.manifest["num_samples"]

@@ -6,7 +6,9 @@ Beside them `best` holds weights alone (`dlrm.best`). `dlrm.checkpoints` has a r
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,8 +97,10 @@ def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimiz
     manifest = _read_manifest(path)
     _check_complete(path, manifest)
     _check_same_run(path, manifest, model, optimizers)
-    targets = {name: _targets(path, name, manifest, optimizer) for name, optimizer in optimizers.items()}
     _check_files(path, manifest)
+    targets = {name: _targets(path, name, manifest, optimizer) for name, optimizer in optimizers.items()}
+    for name, tensors in {"model": model.state_dict(), **targets}.items():
+        _offsets(path / f"{name}.safetensors", tensors)
     _read_into(path / "model.safetensors", model.state_dict())
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -272,7 +276,49 @@ def _read_manifest(path: Path) -> dict:
         raise ValueError(f"resume={path}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
     if manifest["format"] > 1 and not has_digest:
         raise Damaged(f"resume={path}: {DIGEST} is missing")
+    if (what := _misshapen(manifest)) is not None:
+        raise Damaged(f"resume={path}: {MANIFEST} is damaged: {what}")
     return manifest
+
+
+def _misshapen(manifest: dict) -> str | None:
+    """What in a manifest is not as `write` makes it: it may have been made to do harm."""
+    counters, files, optimizers = (manifest[key] for key in KEYS[1:])
+    if not all(isinstance(part, dict) for part in (counters, files, optimizers)):
+        return "counters, files and optimizers must be objects"
+    if set(files) != {"model", *optimizers} or not all(name.isidentifier() for name in files):
+        return f"files {sorted(files)} are not model and the optimizers"
+    for name, entry in files.items():
+        if not (isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and _is_count(entry.get("bytes"))):
+            return f"{name} has no sha256 and bytes"
+        if not isinstance(tensors := entry.get("tensors"), dict) or not all(map(_is_layout, tensors.values())):
+            return f"{name} has no tensors with a type and a shape each"
+        if sum(_num_bytes(*layout) for layout in tensors.values()) > entry["bytes"]:
+            return f"{name}: its tensors take more than the file's {entry['bytes']} bytes"
+    for name, entry in optimizers.items():
+        if not (isinstance(entry, dict) and isinstance(entry.get("kind"), str)):
+            return f"{name} has no kind"
+        if not isinstance(entry.get("scalars"), dict):
+            return f"{name} has no scalars"
+        if not all(re.fullmatch(r"[0-9]{1,9}\..+", key) for key in [*files[name]["tensors"], *entry["scalars"]]):
+            return f"{name}: its state is not named by parameters"
+    for name in ("step", "epoch", "sample", "rows", "num_losses"):
+        if name in counters and not _is_count(counters[name]):
+            return f"counters.{name} is {counters[name]}"
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_layout(value: object) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)
+    return is_pair and value[0] in list(DTYPES) and all(map(_is_count, value[1]))
+
+
+def _num_bytes(dtype: str, shape: list[int]) -> int:
+    return math.prod(shape) * getattr(torch, dtype).itemsize
 
 
 def _check_complete(path: Path, manifest: dict) -> None:
@@ -306,22 +352,40 @@ def _check_layout(path: Path, name: str, saved: dict[str, list], mine: dict[str,
             raise ValueError(f"resume={path}: {name} tensor '{key}' is {saved[key]} there and {here} in this run")
 
 
+def _offsets(path: Path, targets: dict[str, Tensor]) -> dict[str, int]:
+    """Where in a safetensors file each tensor begins. Raises `Damaged` if the file has them otherwise."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length <= size - 8 else {}
+            spans = {key: [int(offset) for offset in header[key]["data_offsets"]] for key in targets}
+            same = all(header[key]["dtype"] == DTYPES[_name(target.dtype)] for key, target in targets.items())
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"resume={path.parent}: {path.name} has a header of its own: {error!r}") from None
+    for key, target in targets.items():
+        begin, end = spans[key]
+        if not (same and 0 <= begin <= size and end - begin == target.numel() * target.element_size()):
+            raise Damaged(f"resume={path.parent}: {path.name} has a header of its own: '{key}' is at {spans[key]}")
+    return {key: 8 + length + begin for key, (begin, _) in spans.items()}
+
+
 def _read_into(path: Path, targets: dict[str, Tensor]) -> None:
     """Fills targets from a safetensors file whose layout was checked: 8 bytes length, JSON header, then raw tensors.
 
     Plain reads: a memory map would count every page of the file as resident memory beside the table itself.
     """
+    offsets = _offsets(path, targets)
     with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
         for key, target in targets.items():
             assert target.is_contiguous(), key
             host = target.detach() if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-            begin, end = header[key]["data_offsets"]
-            file.seek(8 + length + begin)
-            left = memoryview(host.reshape(-1).view(torch.uint8).numpy()) if end > begin else memoryview(b"")
+            file.seek(offsets[key])
+            left = memoryview(host.reshape(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
             while left:  # one read returns at most 2 GiB
-                left = left[file.readinto(left) :]
+                if not (count := file.readinto(left)):
+                    raise Damaged(f"resume={path.parent}: {path.name} ends within '{key}'")
+                left = left[count:]
             if host is not target:
                 target.detach().copy_(host)
 

@@ -175,6 +175,31 @@ def test_a_damaged_folder_is_made_again(tmp_path, damage, capsys):
     assert is_complete(folder) and "damaged" in capsys.readouterr().out
 
 
+def test_every_flipped_bit_is_found_also_where_the_files_were_checked_before(tmp_path):
+    folder, rng, num_flips = tmp_path / "x", np.random.default_rng(0), 0
+    prepare_once(folder, build)
+    assert is_complete(folder) and (folder / "checked.json").exists()
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for place in rng.integers(8 * len(whole), size=20) if file.name != "checked.json" else ():
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            assert not is_complete(folder), (file.name, place)
+            num_flips += 1
+        file.write_bytes(whole)
+        assert is_complete(folder)
+    assert num_flips == 20 * 7  # two arrays of one, two of bags, labels, the manifest and its hash
+
+
+def test_files_that_look_as_they_did_are_not_read_again(tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+    prepare_once(folder, build)
+    assert is_complete(folder)
+    monkeypatch.setattr("data.prepared.hashlib.file_digest", lambda *given: pytest.fail("read again"))
+    assert is_complete(folder)
+
+
 def test_manifest_states_rows_and_sizes(tmp_path):
     build(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -1,0 +1,55 @@
+"""The reliability scripts, each on a few cases: benchmarks/reliability/results has the long ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reliability import flips, kills, runs
+
+pytestmark = pytest.mark.once  # which kernels run changes nothing of it
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "results"))
+
+
+def test_killed_runs_end_as_one_that_is_left_alone(capsys):
+    assert kills.main(["--kills", "2", "--inside", "1", "--samples", "12000"]) == 0
+    assert re.search(r"ended as the run that was left alone +2\n", capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    status, text = runs.finish(runs.command(folder, 2 * 128 * runs.EVERY))
+    assert status == 0, text
+    return folder
+
+
+def test_every_flipped_bit_is_found(run, capsys):
+    assert flips.main(["--flips", "60", "--run", str(run)]) == 0
+    assert re.search(r"found, and the checkpoint before taken +60\n", capsys.readouterr().out)
+
+
+def test_runs_that_differ_are_told_apart(run, tmp_path):
+    """So the scripts could fail."""
+    other = tmp_path / "other"
+    assert runs.finish(runs.command(other, 1280, "seed=1"))[0] == 0
+    assert runs.differences(run, run) == []
+    found = runs.differences(other, run)
+    assert "model.safetensors" in found and "metrics.jsonl" in found and "TensorBoard's events" in found
+
+
+def test_nothing_here_unpickles():
+    sources = [
+        ROOT / "train.py",
+        *(path for name in ("dlrm", "data", "embeddings") for path in (ROOT / name).glob("*.py")),
+    ]
+    words = re.compile(
+        r"import pickle|from pickle|cloudpickle|dill|joblib|torch\.load\(|allow_pickle=True|weights_only=False"
+    )
+    assert [path.name for path in sources if words.search(path.read_text())] == []
