@@ -101,7 +101,7 @@ bench: $(VENV)/.dev  ## the short benchmarks of this machine, five minutes; JSON
 	$(BENCH_PYTHON) -m benchmarks.table build/bench
 
 # an hour; results into benchmarks/reliability/results
-SOAK = kills flips launches disks repeats stall "fuzz --seconds 1200"
+SOAK = kills flips harm launches disks repeats stall "fuzz --seconds 1200"
 soak: $(VENV)/.dev  ## kill, damage, fill up, repeat and fuzz at length: docs/reliability.md
 	status=0; for script in $(SOAK); do $(BIN)/python -m benchmarks.reliability.$$script || status=1; done; exit $$status
 

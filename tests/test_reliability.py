@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reliability import flips, kills, runs
+from benchmarks.reliability import flips, harm, kills, runs
 
 pytestmark = pytest.mark.once  # which kernels run changes nothing of it
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,12 @@ def test_runs_that_differ_are_told_apart(run, tmp_path):
     assert runs.differences(run, run) == []
     found = runs.differences(other, run)
     assert "model.safetensors" in found and "metrics.jsonl" in found and "TensorBoard's events" in found
+
+
+def test_manifests_that_were_made_to_do_harm_are_refused_and_change_nothing(capsys):
+    assert harm.main(["--cases", "400"]) == 0
+    refused = re.search(r"refused, nothing changed +(\d+)\n", capsys.readouterr().out)
+    assert int(refused[1]) > 300
 
 
 def test_nothing_here_unpickles():
