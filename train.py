@@ -45,7 +45,7 @@ from embeddings.backend import Backend
 
 
 def main() -> int:
-    """Run the command line. Returns the exit status: 0, 1 if training failed, 2 if it was refused, 130 after Ctrl-C."""
+    """Run the command line. Returns the exit status: 0, 1 if training failed, 2 if it was refused, 128 + a signal."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, and the message below is ours
     arguments = sys.argv[1:]
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("sweep=")]
@@ -344,7 +344,12 @@ def find_start(config: dict, folder: Path, dataset) -> Path | None:
 def rows_to_keep(folder: Path, start: Path | None) -> int | None:
     """How many records of the folder's own run the checkpoint has seen; None if there are no records."""
     if start is not None:
-        return checkpoint.read_counters(start)["rows"]
+        counters = checkpoint.read_counters(start)
+        if "rows" not in counters:
+            raise ValueError(
+                f"resume=auto: {start} is of an older version, which did not count records; resume={start}"
+            )
+        return counters["rows"]
     return 0 if (folder / "metrics.jsonl").exists() else None
 
 

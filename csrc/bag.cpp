@@ -140,7 +140,8 @@ void write_bags(const Call& call, int64_t f, const Found& found, typename Accumu
 template <typename weight_t, typename Map>
 void forward_rows(const Call& call, const Map& map, typename Accumulator<weight_t>::type* out) {
   const int64_t B = call.at.batch_size, size = 1024, tasks = (B + size - 1) / size;  // bags of a task
-  const int64_t work = call.at.num_ids * call.chunks * call.unit / 8;  // a row that is only read is soon done
+  const auto some = [](int64_t n) { return std::min(n, 8 * kSmallWork); };  // the product of any sizes may not fit
+  const int64_t work = some(call.at.num_ids) * some(call.chunks) * some(call.unit) / 8;  // a row only read is soon done
   FirstError error;
   for_each_task(call.at.num_features * tasks, work, [&](int64_t task) {
     const int64_t f = task / tasks, last = std::min((task % tasks + 1) * size, B);

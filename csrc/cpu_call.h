@@ -103,7 +103,7 @@ inline std::vector<Slice> check_tables(const Call& call, Columns columns) {
   std::vector<Slice> slices;
   const int64_t K = call.at.probes;
   const bool concat = call.combine == kConcat;
-  int64_t column = 0;
+  __int128 column = 0;  // the sum of any dims
   for (int64_t f = 0; f < call.at.num_features; ++f) {
     const Table& first = call.at.table(f, 0);
     if (first.position < 0 || (call.at.batch_size > 0 && first.position >= call.at.num_bags / call.at.batch_size)) {
@@ -139,7 +139,8 @@ inline std::vector<Slice> check_tables(const Call& call, Columns columns) {
     }
   }
   if (columns == Columns::kAll ? column != call.columns : column > call.columns)
-    fail("the features' vectors take ", column, " columns of ", call.columns);
+    fail("the features' vectors take ", static_cast<int64_t>(std::min<__int128>(column, INT64_MAX)), " columns of ",
+         call.columns);
   return slices;
 }
 

@@ -51,10 +51,10 @@ struct Numbers {
     for (int i = 0; i < kVectors; ++i) at[i] += other.at[i];
   }
   HOST_DEVICE void negate() {
-    for (auto& numbers : at) numbers = -numbers;
+    for (int i = 0; i < kVectors; ++i) at[i] = -at[i];  // auto& would ask for the alignment of a whole vector
   }
   HOST_DEVICE void divide(real by) {
-    for (auto& numbers : at) numbers /= by;
+    for (int i = 0; i < kVectors; ++i) at[i] /= by;
   }
 };
 

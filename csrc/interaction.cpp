@@ -186,7 +186,7 @@ Tensor dot_interaction(const Tensor& dense, const Tensor& embedded) {
     const auto* from_dense = call.dense.const_data_ptr<dense_t>();
     const auto* from = call.embedded.const_data_ptr<decltype(embedded_number)>();
     auto* to = out.mutable_data_ptr<dense_t>();
-    parallel_for(0, call.batch_size, grain_of(call), [&](int64_t first, int64_t last) {
+    parallel_for(0, columns ? call.batch_size : 0, grain_of(call), [&](int64_t first, int64_t last) {
       Workspace<decltype(sum)> work(call);
       for (int64_t b = first; b < last; ++b) {
         work.read(from_dense + b * call.dim, from + b * row);
@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Te
     const auto* from = call.embedded.const_data_ptr<embedded_t>();
     auto* to_dense = of_dense.mutable_data_ptr<dense_t>();
     auto* to = of_embedded.mutable_data_ptr<embedded_t>();
-    parallel_for(0, call.batch_size, grain_of(call), [&](int64_t first, int64_t last) {
+    parallel_for(0, columns ? call.batch_size : 0, grain_of(call), [&](int64_t first, int64_t last) {
       Workspace<real> work(call);
       for (int64_t b = first; b < last; ++b) {
         work.read(from_dense + b * call.dim, from + b * row);

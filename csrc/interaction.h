@@ -29,6 +29,10 @@ inline Interaction make_interaction(const Tensor& dense, const Tensor& embedded)
     fail("dot_interaction: dense must be [B, D] and embedded [B, F, D], not ", shape_of(dense), " and ",
          shape_of(embedded));
   }
+  const double num_vectors = static_cast<double>(embedded.size(1)) + 1;
+  if (num_vectors * num_vectors * static_cast<double>(std::max<int64_t>(dense.size(1), 1)) > 4e18) {
+    fail("dot_interaction: ", embedded.size(1), " features of ", dense.size(1), " numbers are too many");
+  }
   require(same_device(dense, embedded), "dot_interaction: dense and embedded must be on one device");
   return {torch::stable::contiguous(dense), torch::stable::contiguous(embedded), dense.size(0), embedded.size(1) + 1,
           dense.size(1)};

@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tenso
          " and ", shape_of(out), " ", types[1]);
   }
   const Tensor grads = torch::stable::contiguous(grad), outs = torch::stable::contiguous(out);
-  const int64_t rows = grad.size(0), columns = grad.size(1), blocks = (rows + kBlock - 1) / kBlock;
+  const int64_t rows = grad.size(0), columns = grad.size(1);
+  const int64_t blocks = columns ? (rows + kBlock - 1) / kBlock : 0;  // of no columns there may be any number of rows
   Tensor masked = torch::stable::new_empty(grads, {rows, columns});
   Tensor transposed = torch::stable::new_empty(grads, {columns, rows});
   Tensor sums = torch::stable::new_empty(grads, {columns});

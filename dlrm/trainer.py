@@ -114,11 +114,12 @@ class Trainer:
             self.epoch, self.sample = self.epoch + 1, 0
 
     def train(self) -> dict:
-        """Runs to the end, or to Ctrl-C, and returns the summary, which is also in summary.json and on the terminal.
+        """Runs to the end, or to SIGINT or SIGTERM; returns the summary, which is in summary.json and on the terminal.
 
         A checkpoint that cannot be written is said, and in the summary; the results are reported all the same.
-        Raises FloatingPointError when the loss is not finite: on the CPU before that step's update, naming the step; on
-        CUDA, where to look is to wait, when the loss is logged, naming the steps since the last time.
+        Raises FloatingPointError when inputs, loss, gradients or weights are not finite: on the CPU before that step's
+        update, naming step and tensor; on CUDA, where to look is to wait, when the loss is logged, naming the steps
+        since the last time.
         """
         began, results = time.perf_counter(), {"status": "failed", "checkpoint": None, "checkpoint_error": None}
         if self.eval_split == "test":

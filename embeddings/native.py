@@ -33,12 +33,12 @@ CXX_FLAGS = (
 CUDA_FLAGS = (
     "-std=c++20 -O3 --fmad=false --expt-relaxed-constexpr --Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden"
 )
-# The CUDA kernels as C++ for the CPU, where sanitizers see every index: slow, for tests only. Lines of a report
-# (-g1) and checks for null, which address has too, would be a third of the compilation.
-HOST_FLAGS = (
-    "-std=c++20 -O0 -x c++ -fsanitize=address,undefined -fno-sanitize=null,vptr -fno-sanitize-recover=all "
-    "-ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
-)
+# For tests only. Lines of a report (-g1) and checks for null, which address has too, would be a third of the
+# compilation.
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=null,vptr -fno-sanitize-recover=all"
+SANITIZED_FLAGS = f"{CXX_FLAGS} -O0 {SANITIZERS}"  # the last -O counts: half of the compilation of -O1
+# The CUDA kernels as C++ for the CPU, where sanitizers see every index: slow.
+HOST_FLAGS = f"-std=c++20 -O0 -x c++ {SANITIZERS} -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
 DEFINES = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one source for every later torch
 
 
@@ -100,7 +100,24 @@ def build_cuda_on_host() -> Path:
     A process that loads it must have been started with the sanitizers' libraries preloaded. Raises RuntimeError with
     the compiler's words.
     """
-    return _build_once(_cache_folder() / f"{_key(False)}-cuda-on-host", _ninja_file_on_host())
+    return _build_once(_cache_folder() / f"{_key(False)}-cuda-on-host", _sanitized_ninja_file(HOST_FLAGS, "*.cu"))
+
+
+def build_sanitized() -> Path:
+    """The CPU kernels built with the same sanitizers: torch.ops.embeddings. What loads and raises is as above."""
+    key = f"{_key(False, SANITIZED_FLAGS)}-sanitized"
+    return _build_once(_cache_folder() / key, _sanitized_ninja_file(SANITIZED_FLAGS, "*.cpp"))
+
+
+def sanitizer_libraries() -> str:
+    """What LD_PRELOAD must be where they are loaded. Raises RuntimeError if the compiler has no sanitizers."""
+    paths = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = _output_of([*shlex.split(_compiler()), f"-print-file-name={name}"]).decode().strip()
+        if not Path(path).is_absolute():  # the bare name, where there is no such file
+            raise RuntimeError(f"no {name}: the compiler has no sanitizers to preload")
+        paths.append(path)
+    return ":".join(paths)
 
 
 def _build_once(folder: Path, ninja_file: str) -> Path:
@@ -122,12 +139,12 @@ def _cache_folder() -> Path:
     return Path(root) / "compressed-embeddings"
 
 
-def _key(cuda: bool) -> str:
+def _key(cuda: bool, flags: str = CXX_FLAGS + CUDA_FLAGS + HOST_FLAGS) -> str:
     """Whatever changes the binary: sources, flags, torch, compiler, and the processor (-march=native)."""
     digest = hashlib.sha256()
     for source in sorted(CSRC.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(f"{CXX_FLAGS}{CUDA_FLAGS}{HOST_FLAGS}".encode())
+    digest.update(flags.encode())
     digest.update(f"{torch.__version__}{torch.version.cuda}{platform.machine()}".encode())
     if cuda:
         digest.update(" ".join(_devices()).encode() + _output_of(["nvcc", "--version"]))
@@ -198,9 +215,9 @@ def _ninja_file(cuda: bool) -> str:
     return _link(lines, f"{_compiler()} -shared $in -o $out {libraries}", objects)
 
 
-def _ninja_file_on_host() -> str:
+def _sanitized_ninja_file(flags: str, pattern: str) -> str:
     lines = []
-    objects = _objects(lines, "cxx", f"{_compiler()} {HOST_FLAGS} {_includes()} -c $in -o $out", "*.cu")
+    objects = _objects(lines, "cxx", f"{_compiler()} {flags} {_includes()} -c $in -o $out", pattern)
     return _link(lines, f"{_compiler()} -fsanitize=address,undefined -shared $in -o $out {_libraries()}", objects)
 
 

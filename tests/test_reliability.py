@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reliability import flips, harm, kills, runs
+from benchmarks.reliability import flips, harm, kills, runs, table
 
 pytestmark = pytest.mark.once  # which kernels run changes nothing of it
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,11 @@ def test_manifests_that_were_made_to_do_harm_are_refused_and_change_nothing(caps
     assert harm.main(["--cases", "400"]) == 0
     refused = re.search(r"refused, nothing changed +(\d+)\n", capsys.readouterr().out)
     assert int(refused[1]) > 300
+
+
+def test_the_readme_has_the_table_of_the_recorded_results():
+    text = table.README.read_text()
+    assert table.rewritten(text) == text, "python -m benchmarks.reliability.table"
 
 
 def test_nothing_here_unpickles():

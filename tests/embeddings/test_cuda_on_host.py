@@ -8,47 +8,25 @@ import ast
 import math
 import os
 import random
-import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import oracle
 import pytest
 import torch
-from oracle import (
-    ADD,
-    APART,
-    COMBINES,
-    FEATURES,
-    MAPS,
-    MAX,
-    MIXED,
-    PARTITION,
-    POOLINGS,
-    PROBES,
-    SUM,
-    WEIGHTED,
-    Case,
-    Table,
-    assert_same_bits,
-    make_case,
-)
+from oracle import ADD, MAPS, MAX, MIXED, PARTITION, SUM, Case, Table, assert_same_bits
+from random_calls import DTYPES, calls, random_case
 from torch import Tensor
 
 from embeddings import native, reference
-from embeddings.index_map import BEGIN, NUM_EMBEDDINGS, POSITION
-from embeddings.rules import Rule, accumulator
+from embeddings.index_map import NUM_EMBEDDINGS, POSITION
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(os.environ.get("EMBEDDINGS_NATIVE") == "off", reason="EMBEDDINGS_NATIVE=off"),
 ]
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OPERATORS = (
     "bag",
     "bag_into",
@@ -67,17 +45,12 @@ INTERACTION = ("dot_interaction", "dot_interaction_backward")
 @pytest.fixture(scope="module")
 def sanitizers() -> str:
     """The libraries to preload."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no compiler: {compiler[0]}")
-    paths = []
-    for name in ("libasan.so", "libubsan.so"):
-        path = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        if not Path(path).is_absolute():  # the bare name, where there is no such file
-            pytest.skip(f"no {name}: the compiler has no sanitizers to preload")
-        paths.append(path)
+    try:
+        libraries = native.sanitizer_libraries()
+    except RuntimeError as error:
+        pytest.skip(str(error))
     native.build_cuda_on_host()
-    return ":".join(paths)
+    return libraries
 
 
 @pytest.fixture(scope="module")
@@ -143,74 +116,6 @@ def findings_of_all() -> dict[str, list[str]]:
         "unnoted": unnoted(150),
         "notes of shared positions": notes_of_shared_positions(),
         "interactions": interactions(60),
-    }
-
-
-def random_case(rng: random.Random, index_map: int) -> tuple[Case, int, Tensor]:
-    """A call of any shape, its pooling and a gradient for it; slices and tensors begin at any number of the memory."""
-    combine, pooling = rng.choice(COMBINES), rng.choice(POOLINGS)
-    unit = rng.choice([1, 1, 2, 3, 4, 8])
-    # whole units also in the last probe of a weighted sum, of K - 1 numbers
-    probes = 1 + unit * rng.randint(1, max(1, 3 // unit)) if combine == WEIGHTED else rng.randint(1, 4)
-    width = unit * rng.randint(1, rng.choice([4, 4, 64 // unit, 300 // unit]))
-    features, batch_size = rng.randint(1, 4), rng.choice([0, 1, 2, 5, 17, 150])
-
-    def dim() -> int:
-        chunks = rng.randint(1, max(1, min(5, 300 // width)))
-        return rng.choice([width, chunks * width, chunks * width, unit * rng.randint(1, 8)])
-
-    longest = rng.choice([1, 3, 3, 9, 200 if batch_size < 9 else 9])
-    counts = [rng.choice([0, 1, rng.randint(0, longest)]) for _ in range(features * batch_size)]
-    one_id = rng.random() < 0.4
-    digits = probes - (combine == WEIGHTED)  # of an id, where it has a limit
-    case = make_case(
-        np.array([1] * len(counts) if one_id else counts, int).reshape(features, batch_size),
-        index_map=index_map,
-        combine=combine,
-        probes=probes,
-        dims=tuple(dim() for _ in range(rng.randint(1, features * probes))),
-        width=width,
-        unit=unit,
-        rows=tuple(min(10**6, rng.randint(1, rng.choice([1, 2, 3, 7, 40]) ** digits)) for _ in range(features)),
-        num_slots=rng.choice([1, 2, 3, 7, 40]),
-        shared=rng.choice([APART, PROBES, FEATURES]),
-        positions=tuple(rng.sample(range(features), rng.randint(1, features))),
-        dtype=rng.choice(DTYPES),
-        ids_dtype=rng.choice([torch.int32, torch.int64]),
-        weighted=pooling != MAX and rng.random() < 0.5,
-        one_id=one_id,
-        seed=rng.getrandbits(60),
-    )
-    generator = torch.Generator().manual_seed(rng.getrandbits(60))
-
-    def numbers(*shape: int, offset: int, dtype: torch.dtype) -> Tensor:
-        """The last ones of their memory, `offset` numbers from its beginning."""
-        flat = torch.randn(offset + max(1, math.prod(shape)), generator=generator, dtype=torch.float64)
-        return flat.to(dtype)[offset : offset + math.prod(shape)].view(shape)
-
-    begins, slice_of = case.tables[:, BEGIN].unique(return_inverse=True)
-    gaps = torch.tensor([rng.randint(0, 2) for _ in begins]).cumsum(0)  # units that belong to nobody
-    case.tables[:, BEGIN] += unit * gaps[slice_of]
-    num_units = len(case.weights) - 1 + int(gaps[-1]) + rng.randint(0, 2)
-    own, of_sums = case.weights.dtype, accumulator(case.weights.dtype)
-    weights = numbers(num_units, unit, offset=rng.choice([0, 0, 1, 8]), dtype=own)
-    grad = numbers(batch_size, case.columns, offset=rng.choice([0, 1]), dtype=rng.choice([own, of_sums]))
-    if case.sample_weights is not None and rng.random() < 0.5:
-        case = case._replace(sample_weights=case.sample_weights.to(of_sums))
-    grad = grad.t().contiguous().t() if rng.random() < 0.3 else grad
-    return case._replace(weights=weights, chunks=case.chunks + rng.randint(0, 1)), pooling, grad
-
-
-def calls(case: Case, pooling: int, grad: Tensor, seed: int = 0) -> dict[str, Callable]:
-    """Operator -> function of the kernels that calls it."""
-    how = list(Rule)[seed // len(MAPS) % len(Rule)], seed % 2 * 0.01  # of the update: its rule and weight decay
-    return {
-        "bag": lambda kernels: case.forward(kernels, pooling),
-        "bag_into": lambda kernels: case.forward_into(kernels, pooling),
-        "bag_backward": lambda kernels: case.backward(kernels, grad, pooling),
-        "bag_backward_rows": lambda kernels: case.backward_rows(kernels, grad, pooling),
-        "bag_backward_sample_weights": lambda kernels: case.backward_sample_weights(kernels, grad, pooling),
-        "bag_update": lambda kernels: case.update(kernels, grad, pooling, *how),
     }
 
 
