@@ -409,27 +409,34 @@ def _named_errors(folder: Path, num_bytes: int) -> Iterator[None]:
 def _appear(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes path, all or nothing, when the block ends without an error."""
     _tidy(path.parent)  # after a run that was killed here
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.mkdir()
+    temporary, replaced = path.with_name(f".tmp-{path.name}"), path.with_name(f"{REPLACED}{path.name}")
+    in_use = {temporary, replaced}
+    _in_use.update(in_use)
     try:
+        temporary.mkdir()
         yield temporary
         _sync(temporary)
         if path.exists():
-            path.rename(path.with_name(f"{REPLACED}{path.name}"))
+            path.rename(replaced)
         temporary.rename(path)
         _sync(path.parent)
     finally:
+        _in_use.difference_update(in_use)
         _tidy(path.parent)
+
+
+_in_use: set[Path] = set()  # by threads of this process: the best weights are saved beside a checkpoint
 
 
 def _tidy(folder: Path) -> None:
     """Removes what a save that did not end has left; a replaced checkpoint comes back if the new one is not there."""
     for replaced in folder.glob(f"{REPLACED}*"):
         path = folder / replaced.name.removeprefix(REPLACED)
-        if not path.exists():
+        if replaced not in _in_use and not path.exists():
             replaced.rename(path)
     for litter in folder.glob(".tmp-*"):
-        shutil.rmtree(litter, ignore_errors=True)
+        if litter not in _in_use:
+            shutil.rmtree(litter, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

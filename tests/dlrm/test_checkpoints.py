@@ -56,6 +56,31 @@ def test_training_goes_on_while_one_is_written_and_is_not_in_it(tmp_path, monkey
     assert_equal(flat(*other), before)
 
 
+def test_the_best_weights_are_saved_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """In the same folder, where each also clears away what a run that was killed has left."""
+    parts, is_written, may_go_on = make_parts(1), threading.Event(), threading.Event()
+    write_tensors = checkpoint._write_tensors
+
+    def pause(path, tensors):
+        digest = write_tensors(path, tensors)
+        if threading.current_thread().name == "checkpoint":
+            is_written.set()
+            may_go_on.wait(10)
+        return digest
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", pause)
+    checkpoints = make(tmp_path, parts)
+    checkpoints.save(COUNTERS | {"step": 1})
+    assert is_written.wait(10)
+    for _ in range(2):  # the second replaces the first
+        checkpoint.save_weights(tmp_path / "best", parts[0], {"step": 1})
+    may_go_on.set()
+    checkpoints.wait()
+    assert names(tmp_path) == ["best", "step_000000001"]
+    checkpoint.check(tmp_path / "step_000000001")
+    checkpoint.check(tmp_path / "best")
+
+
 @both
 def test_what_cannot_be_written_is_raised_once_and_the_others_stay(tmp_path, monkeypatch, asynchronous):
     parts = make_parts(1)
