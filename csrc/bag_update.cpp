@@ -169,6 +169,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
     void* first_at = first ? first->mutable_data_ptr() : nullptr;
     void* second_at = second ? second->mutable_data_ptr() : nullptr;
     const Step& step = *static_cast<const Step*>(numbers.const_data_ptr());
+    require(step.draw >= 0 && step.draw < 9007199254740992.0, "the step's draw must be a whole number below 2^53");
     update<weight_t>(call, slices, dense, [&](const Touches::Part& part) {
       std::unique_ptr<Sink<typename Accumulator<weight_t>::type>> updater;
       with_rule(rule, [&](auto known) {

@@ -38,8 +38,10 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, rule: int, numbers: Tensor) -> "Step":
-        """The inverse of `numbers`."""
+        """The inverse of `numbers`. Raises RuntimeError for a draw that is none."""
         *others, draw = numbers.tolist()
+        if not 0 <= draw < 2**53:
+            raise RuntimeError("the step's draw must be a whole number below 2^53")
         return cls(Rule(rule), *others, int(draw))
 
     def numbers(self) -> list[float]:

@@ -221,6 +221,10 @@ def test_states_that_do_not_fit_are_refused():
             update(first, second, rule)
     with pytest.raises(RuntimeError, match="rule must be 0"):
         update(None, None, 4)
+    for draw in (torch.nan, torch.inf, -1.0):
+        odd = torch.cat([NUMBERS[:-1], torch.tensor([draw], dtype=torch.float64)])
+        with pytest.raises(RuntimeError, match="the step's draw must be a whole number below"):
+            update(None, None, rules.Rule.SGD, odd)
     for numbers in (NUMBERS[1:], NUMBERS.float(), NUMBERS.repeat_interleave(2)[::2]):
         with pytest.raises(RuntimeError, match="the step's numbers must be 7 contiguous float64"):
             update(None, None, rules.Rule.SGD, numbers)
