@@ -96,6 +96,18 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
   return {*units, *values};
 }
 
+// Features with one position would write the gradients of the same sample weights.
+void check_positions(const Call& call) {
+  std::vector<std::pair<int64_t, int64_t>> places;  // position, feature
+  for (int64_t f = 0; f < call.at.num_features; ++f) places.emplace_back(call.at.table(f, 0).position, f);
+  std::sort(places.begin(), places.end());
+  for (size_t i = 1; i < places.size(); ++i) {
+    if (places[i - 1].first != places[i].first) continue;
+    fail("features ", call.feature(places[i - 1].second), " and ", call.feature(places[i].second),
+         " have one position in the batch, ", places[i].first, ": per_sample_weights have no gradient there");
+  }
+}
+
 Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, const Tensor& ids,
                                    std::optional<Tensor> offsets, const Tensor& tables, int64_t probes, int64_t chunks,
                                    int64_t index_map, int64_t combine, int64_t pooling, Names features) {
@@ -104,6 +116,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   const Tensor dense = summable(grad, weights);
   Tensor out = torch::stable::new_zeros(dense, {call.at.num_ids});
   check_tables(call, Columns::kSome);
+  check_positions(call);
   with_dtype_and_map(call, [&](auto weight, auto map) {
     using weight_t = decltype(weight);
     using Map = decltype(map);

@@ -155,6 +155,8 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   Tensor out = torch::stable::new_zeros(dense, {call.at.num_ids});
   with_lookup(call, dense, std::nullopt, [&](auto lookup) {
     using Lookup = decltype(lookup);
+    Tensor shifts = scratch(call, call.at.num_features);  // made to note features with one position
+    launch(shift_kernel<decltype(lookup.map)>, call.at.num_features, 1, lookup, shifts.mutable_data_ptr<int64_t>());
     launch(sample_weights_kernel<Lookup>, call.at.num_features * call.at.batch_size, 1, lookup,
            out.mutable_data_ptr<typename Lookup::real>());
   });

@@ -51,7 +51,7 @@ struct FirstError {
         fail("offsets must begin with 0 and end with the number of ids, ", num_ids, ", not ", first, " and ", second);
       default:
         fail("feature ", call.feature(f), ": another feature of its slab has the same position ", first,
-             "; with offsets, CUDA sums such gradients by accumulate=atomic only");
+             "; on CUDA such have gradients with offsets by accumulate=atomic only, and none of per_sample_weights");
     }
   }
 };

@@ -403,6 +403,16 @@ def bag_update(grad, weights, first, second, ids, offsets, per_sample_weights, t
     rules.step_rows(rules.Step.of(rule, numbers), weights, units, values, first, second)
 
 
+def _check_positions(tables: Tensor, layout: Layout, features: str) -> None:
+    """Features with one position would write the gradients of the same sample weights."""
+    names, places = features.split(SEPARATOR), tables[:: layout.probes, POSITION].tolist()
+    for place, first, second in sorted((b, i, j) for j, b in enumerate(places) for i in range(j) if places[i] == b)[:1]:
+        raise RuntimeError(
+            f"features {names[first]} and {names[second]} have one position in the batch, {place}: per_sample_weights "
+            "have no gradient there"
+        )
+
+
 def bag_backward_sample_weights(grad, weights, ids, offsets, tables, *layout_features):
     """Gradient of the per-sample weights [N]; zero for ids of other slabs."""
     *layout, features = layout_features
@@ -410,6 +420,7 @@ def bag_backward_sample_weights(grad, weights, ids, offsets, tables, *layout_fea
     _check_grad(grad, weights)
     batch_size, columns = grad.shape
     _check(weights, ids, offsets, None, tables, batch_size, columns, layout, features)
+    _check_positions(tables, layout, features)
     out = weights.new_zeros(ids.numel(), dtype=accumulator(weights.dtype))
     for batch in unroll(weights, ids, offsets, tables, batch_size, layout, features):
         vectors = _combined(_vectors(weights, batch), layout.combine)

@@ -139,7 +139,8 @@ def table(folder: Path = RESULTS) -> str:
     for promise, how, name, words in PROMISES:
         if (folder / f"{name}.json").exists():
             found = json.loads((folder / f"{name}.json").read_text())
-            link = f"[{found['commit'][:7]}](benchmarks/reliability/results/{name}.json)"
+            commit = found["commit"][:7] + "-dirty" * found["commit"].endswith("-dirty")
+            link = f"[{commit}](benchmarks/reliability/results/{name}.json)"
             lines.append({"promise": promise, "tested by": how, "result": words(found["rows"][0] | found), "at": link})
     for promise, how, result in TESTED:
         lines.append({"promise": promise, "tested by": how, "result": result, "at": "`make test`"})

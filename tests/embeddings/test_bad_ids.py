@@ -29,6 +29,7 @@ from oracle import (
 )
 
 from embeddings import EmbeddingBags, native, reference
+from embeddings.reference import SEPARATOR
 
 CALLS = ["forward", "backward", "backward_rows", "update", "backward_sample_weights"]
 RANGED = {
@@ -50,6 +51,14 @@ def call(case: Case, kernels, name: str, grad=None, pooling=SUM):
     if case.weights.is_cuda and kernels is not reference:
         kernels.raise_noted(case.weights, case.features)  # a CUDA kernel notes, so that no call need wait for it
     return result
+
+
+def test_sample_weights_have_no_gradient_where_features_have_one_position(kernels):
+    tables = torch.tensor([Table(0, 4 * f, 4, 4, 4 * f, 1, 0) for f in range(2)])
+    batch = (torch.tensor([5, 6, 7]), torch.tensor([0, 2, 3]), None, tables, 2)
+    case = Case(torch.ones(2, 4), *batch, 8, 1, 1, MIXED, ADD, SEPARATOR.join(["a", "b"]))
+    with pytest.raises(RuntimeError, match="features a and b have one position in the batch, 0: per_sample_weights"):
+        case.backward_sample_weights(kernels, torch.ones(2, 8), SUM)
 
 
 def small_case(*, index_map=PARTITION, bags=((2, 0, 3),) * 4, **how):

@@ -86,7 +86,12 @@ def test_a_bad_id_or_bag_is_noted_and_not_read(findings):
 
 
 def test_two_features_at_one_position_are_noted_where_their_ids_cannot_be_numbered(findings):
-    assert findings["notes of shared positions"] == ["bag_backward", "bag_backward_rows", "bag_update"]
+    assert findings["notes of shared positions"] == [
+        "bag_backward",
+        "bag_backward_rows",
+        "bag_backward_sample_weights",
+        "bag_update",
+    ]
 
 
 def test_the_interaction_gives_the_bits_of_the_cpu(findings):
