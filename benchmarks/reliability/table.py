@@ -93,6 +93,12 @@ PROMISES: list[tuple[str, str, str, Callable[[Counts], str]]] = [  # promise, ho
         lambda c: f"{c['calls']:,} calls in {c['seconds']:,.0f} s, {len(c['findings'])} findings",
     ),
     (
+        "the same, once what that found was fixed",
+        "other random calls",
+        "fuzz_again",
+        lambda c: f"{c['calls']:,} calls in {c['seconds']:,.0f} s, {len(c['findings'])} findings",
+    ),
+    (
         "checkpoints hold training up by less than 5 %",
         "checkpoint.every=100 on the default data, in turn with none",
         "stall",
