@@ -37,9 +37,9 @@ from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
-from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
+from dlrm.run_folder import HELD, check_same_run, config_hash, git_commit, held, make_run_folder
 from dlrm.settings import TrainerSettings
-from dlrm.trainer import Trainer, check_same_run
+from dlrm.trainer import Trainer
 from embeddings import Dense, EmbeddingBags, native, seed_of
 from embeddings.backend import Backend
 

@@ -149,7 +149,7 @@ def layers(widths: list[int], last: nn.Module, device: str) -> nn.Sequential:
 def plain(spec: Spec) -> Training:
     """The same model as anybody would write it in torch; the embeddings' optimizer is torch's SGD or Adagrad."""
     model = Plain(spec.rows, spec.device, compiles="compiled" in spec.name)
-    make = torch.optim.SGD if spec.optimizer == "sgd" else torch.optim.Adagrad
+    make = torch.optim.SGD if spec.optimizer == "sgd" else functools.partial(torch.optim.Adagrad, eps=peers.EPS)
     embeddings = make(model.bags.parameters(), lr=peers.RATE)
     optimizers = [embeddings, make([*model.bottom.parameters(), *model.top.parameters()], lr=peers.RATE)]
 

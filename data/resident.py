@@ -26,6 +26,7 @@ class Resident:
         needed = count * sum(field.numel() * field.element_size() for field in sample if field is not None)
         if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
             raise ValueError(f"data_on_device=true: the training samples take {needed:,} bytes, {device} has {free:,}")
+        print(f"data: {count:,} training samples are kept on {device}: {needed / 2**20:,.1f} MiB", flush=True)
         self._dense = torch.empty(count, sample.dense.shape[1], device=device)
         self._ids = torch.empty(count, len(sample.ids), dtype=sample.ids.dtype, device=device)
         self._labels = torch.empty(count, device=device)

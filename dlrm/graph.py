@@ -100,18 +100,21 @@ class GraphedStep:
         try:
             self._replay = self._graphs.capture(lambda: self._launch(self._batch))
         except RuntimeError as error:
-            self.refusal = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"cuda graph: none, steps are launched one by one: {self.refusal}")
+            self._refuse((str(error) or type(error).__name__).splitlines()[0])
             return False
         return True
+
+    def _refuse(self, why: str) -> None:
+        self.refusal = why
+        print(f"cuda graph: none, steps are launched one by one: {why}")
 
     def _takes(self, batch: "Batch") -> bool:
         """Whether a graph holds the batch's step, or shall: of two batches of one shape the second."""
         shapes = [None if field is None else field.shape for field in batch]
         before, self._shapes = self._shapes, shapes
+        if batch.offsets is not None and self.refusal is None:
+            self._refuse("batches of bags hold another number of ids each time")
         if self.refusal is not None or self._num_eager < WARM_UP:
-            return False
-        if batch.offsets is not None:  # the number of ids differs from batch to batch
             return False
         return shapes == (before if self._batch is None else [None if f is None else f.shape for f in self._batch])
 

@@ -28,7 +28,7 @@ from dlrm.log import RunLog
 from dlrm.model import DLRM
 from dlrm.progress import Progress
 from dlrm.report import NOT_LEARNED, NOT_SAVED, final_table
-from dlrm.run_folder import first_difference
+from dlrm.run_folder import check_same_run
 from dlrm.settings import TrainerSettings
 from embeddings import native
 
@@ -82,6 +82,8 @@ class Trainer:
         self.has_warned = False
         self.recent_losses: deque[float] = deque(maxlen=NUM_RECENT)  # as logged
         self.interrupt, self.progress = Interrupt(), None
+        dense = set(model.dense_parameters())
+        self.dense_layers = {name: param for name, param in model.named_parameters() if param in dense}
         model.embeddings.register_full_backward_pre_hook(lambda *given: self._check_embedding_gradient(*given))
         self.run_step = self._make_step()
 
@@ -91,7 +93,8 @@ class Trainer:
 
         Raises ValueError, before anything is changed, when it is damaged or of a run with another identity or data.
         """
-        path = checkpoint.newest_whole(path)
+        there = checkpoint.all_in(path)  # of one there is no choice, and `load` reads its bytes
+        path = checkpoint.newest_whole(path) if len(there) > 1 else checkpoint.find(path)
         counters = checkpoint.read_counters(path)
         check_same_run(path, counters, self.identity, self.dataset.fingerprint, despite)
         checkpoint.load(path, self.model, self.saved)
@@ -275,10 +278,8 @@ class Trainer:
 
     def _check_gradients(self) -> None:
         """Of the dense layers; those of the embeddings are looked at in the backward pass, where fused ones step."""
-        grads = {
-            name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.is_sparse
-        }
-        if grads and not math.isfinite(sum(grad.sum().item() for grad in grads.values())):
+        grads = {name: param.grad for name, param in self.dense_layers.items() if param.grad is not None}
+        if not math.isfinite(sum(grad.sum().item() for grad in grads.values())):
             for name, grad in grads.items():
                 if not torch.isfinite(grad).all():
                     raise FloatingPointError(
@@ -304,8 +305,7 @@ class Trainer:
         columns = {f"dense column {name}": batch.dense[:, i] for i, name in enumerate(self.dataset.dense_names)}
         tables = self.model.embeddings.table_weights()
         weights = {f"weights of feature {name}": part for name, parts in tables.items() for part in parts}
-        of_embeddings = set(self.model.embeddings.parameters())
-        dense = {f"weights {name}": p for name, p in self.model.named_parameters() if p not in of_embeddings}
+        dense = {f"weights {name}": param for name, param in self.dense_layers.items()}
         for name, tensor in (columns | {"the labels": batch.labels} | weights | dense).items():
             if not torch.isfinite(tensor).all():
                 return f"{name} have a value that is NaN or infinite"
@@ -508,38 +508,6 @@ class Trainer:
         if torch.device(self.settings.device).type == "cuda":
             torch.cuda.synchronize(self.settings.device)
         return time.perf_counter()
-
-
-def check_same_run(path: Path, counters: dict, identity: dict, fingerprint: str, despite: Iterable[str] = ()) -> None:
-    """Raises ValueError, with the difference, unless a checkpoint's counters are of a run of this identity and data.
-
-    despite: dotted keys of the identity that may differ, and "data" for the data itself."""
-    saved, mine = (without(whole, despite) for whole in (counters.get("identity", {}), identity))
-    if difference := first_difference(saved, mine):
-        key, *values = difference
-        saved, mine = map(json.dumps, values)
-        raise ValueError(
-            f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run "
-            f"(resume_despite=[{key}] goes on all the same)"
-        )
-    if counters["fingerprint"] != fingerprint and "data" not in despite:
-        raise ValueError(
-            f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']}, now {fingerprint}; "
-            "resume_despite=[data] goes on all the same)"
-        )
-
-
-def without(whole: dict, keys: Iterable[str]) -> dict:
-    """Nested dicts less what these dotted keys name."""
-    left = json.loads(json.dumps(whole))
-    for key in keys:
-        *parents, last = key.split(".")
-        inner = left
-        for parent in parents:
-            inner = inner.get(parent) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            inner.pop(last, None)
-    return left
 
 
 def _tagged(tag: str, values: dict) -> dict:

@@ -275,13 +275,14 @@ def test_the_second_of_two_batches_of_one_shape_is_captured(tmp_path):
     assert trainer.run_step._num_eager == 5 and len(trainer.run_step._batch.labels) == 32
 
 
-def test_batches_of_bags_are_eager(tmp_path):
+def test_batches_of_bags_are_eager_and_that_is_said_once(tmp_path, capsys):
     trainer = make_trainer(tmp_path / "run")
     trainer.run_step = trainer._graphed_step(graphs=StandIn(without_waits))
     batches = list(trainer.dataset.batches("train", 32))[:6]
     for batch in batches:
         trainer.run_step(batch._replace(offsets=torch.arange(len(batch.ids) + 1)))
     assert trainer.run_step._num_eager == 6 > WARM_UP
+    assert capsys.readouterr().out.count("launched one by one: batches of bags hold another number of ids") == 1
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

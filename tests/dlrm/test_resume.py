@@ -12,7 +12,7 @@ from test_trainer import equal, read_rows, state_tensors, weights
 
 from dlrm import checkpoint
 from dlrm.checkpoints import CheckpointSettings
-from dlrm.trainer import check_same_run, without
+from dlrm.run_folder import check_same_run, without
 
 RUN = {"num_train": 160, "batch_size": 32, "epochs": 3}  # 15 steps
 TIMES = {"train/samples_per_second", "memory/peak_bytes"}
