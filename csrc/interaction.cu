@@ -337,7 +337,7 @@ void launch(const Tensor& on, void (*kernel)(Plan, Parameters...), const Plan& p
   require(bytes <= 48 * 1024, "dot_interaction: too many vectors for the shared memory of a CUDA block");
   const DeviceGuard guard(on.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
   const auto blocks = static_cast<unsigned>(std::min(plan.num_units(), kMaxBlocks));
 #ifdef __CUDACC__
   kernel<<<blocks, plan.threads, bytes, static_cast<cudaStream_t>(stream)>>>(plan, arguments...);

@@ -199,20 +199,21 @@ def _includes() -> str:
     return f"{DEFINES} -isystem {_quote(_torch_root() / 'include')}"
 
 
-def _libraries() -> str:
+def _libraries(to_linker: str = "-Wl,") -> str:
     folder = _quote(_torch_root() / "lib")
-    return f"-L{folder} -Wl,-rpath,{folder} -ltorch_cpu -ltorch -lc10"
+    return f"-L{folder} {to_linker}-rpath,{folder} -ltorch_cpu -ltorch -lc10"
 
 
 def _ninja_file(cuda: bool) -> str:
     """The build: every .cpp, and every .cu where torch and this machine have CUDA, for the devices present."""
-    libraries, lines = _libraries(), []
+    lines = []
     objects = _objects(lines, "cxx", f"{_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out", "*.cpp")
-    if cuda:
-        objects += _objects(lines, "nvcc", f"{_nvcc(_devices())} -c $in -o $out", "*.cu")
-        toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
-        libraries += f" -ltorch_cuda -lc10_cuda -L{_quote(toolkit / 'lib64')} -lcudart"
-    return _link(lines, f"{_compiler()} -shared $in -o $out {libraries}", objects)
+    if not cuda:
+        return _link(lines, f"{_compiler()} -shared $in -o $out {_libraries()}", objects)
+    objects += _objects(lines, "nvcc", f"{_nvcc(_devices())} -c $in -o $out", "*.cu")
+    # nvcc knows where its runtime is; a shared one, so that it is the one torch has loaded
+    linker = f"nvcc -shared --cudart=shared $in -o $out {_libraries('-Xlinker ')} -ltorch_cuda -lc10_cuda"
+    return _link(lines, linker, objects)
 
 
 def _sanitized_ninja_file(flags: str, pattern: str) -> str:
