@@ -12,6 +12,7 @@ from embeddings import native
 from embeddings.backend import Backend
 from embeddings.index_map import DIM, WIDTH
 from embeddings.ops import Accumulate, Combine, Pooling
+from embeddings.pooled import Launch, pooled
 from embeddings.reference import SEPARATOR
 
 
@@ -128,7 +129,14 @@ class Arrangement:
         accumulate: Accumulate,
     ) -> Tensor:
         """Pooled vectors of the lookups side by side, [B, sum of dims]; arguments as `embeddings.ops`."""
-        native.ensure()
-        batch = (slab, ids, offsets, per_sample_weights, tables, batch_size)
-        vectors = torch.ops.embeddings.bag(*batch, *self.layout, int(accumulate), self.features)
+        columns, *layout = self.layout
+        if torch.compiler.is_compiling():  # one operator, with its gradient
+            batch = (slab, ids, offsets, per_sample_weights, tables, batch_size)
+            native.ensure()
+            vectors = torch.ops.embeddings.bag(*batch, *self.layout, int(accumulate), self.features)
+        else:  # the same, 50 us a call less
+            batch = (ids, offsets, per_sample_weights)
+            launch = Launch(layout, int(accumulate), self.features)
+            vectors = pooled([launch], [slab], [tables], *batch, batch_size=batch_size, columns=columns)
+            vectors = vectors.to(slab.dtype)
         return self.backend.finish(vectors, self.dims)

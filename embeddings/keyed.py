@@ -204,6 +204,11 @@ class _Collection(nn.Module):
         return self._positions[case]
 
 
+def _larger(a: int, b: int) -> int:
+    """Also of numbers that export does not know, for which max would have to."""
+    return torch.sym_max(a, b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else max(a, b)
+
+
 def _offsets_of(features: KeyedJaggedTensor) -> Tensor:
     """int64 [F * B + 1] of a batch that may be torchrec's. Raises ValueError if it is not F features of B samples."""
     if features.variable_stride_per_key():
@@ -298,8 +303,8 @@ class EmbeddingCollection(_Collection):
         starts = offsets[torch.arange(len(features.keys()), device=offsets.device) * features.stride()]
         counts = torch.tensor(features.length_per_key(), device=offsets.device)
         num_ids = dict(zip(features.keys(), features.length_per_key(), strict=True))
-        # at least one bag for each, as the batch may have ids that no table reads; sym_max: max that export can trace
-        longest = reduce(torch.sym_max, (num_ids.get(feature, 0) for feature in self.feature_names), 1)
+        # at least one bag for each, as the batch may have ids that no table reads
+        longest = reduce(_larger, (num_ids.get(feature, 0) for feature in self.feature_names), 1)
         bags = starts[:, None] + torch.minimum(torch.arange(longest, device=starts.device), counts[:, None])
         offsets = torch.cat([bags.flatten(), starts.new_full((1,), features.values().numel())])
         vectors = self._look_up(features, offsets, None, longest)

@@ -9,7 +9,7 @@
     torch.ops.embeddings.raise_noted                  wait for the device, raise what its kernels noted
 
 Arguments, in this order everywhere (Python, C++, CUDA):
-    weights [S, Z]     the slab: S * Z numbers, in units of Z; of which every width is a multiple; bag: or [S]
+    weights [S, Z]     the slab: S * Z numbers, in units of Z; of which every width is a multiple; bag, bag_into: or [S]
     ids [N]            int32 or int64, feature-major, of the whole batch
     offsets            int64 [features * B + 1], or None when every bag has one id
     per_sample_weights [N], or None (sum: w * v; mean: w * v / count, as in FBGEMM; not with max)
@@ -148,11 +148,15 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(weights, ids, offsets, per_sample_weights, tables)
 
 
+def _in_units(weights: Tensor) -> Tensor:
+    return weights.unsqueeze(1) if weights.dim() == 1 else weights
+
+
 def weights_gradient(grad: Tensor, weights: Tensor, batch: tuple, layout, accumulate: int, features: str) -> Tensor:
     """The gradient of a slab [S, Z] or [S], sparse under accumulate=rows. batch: ids, offsets, per_sample_weights,
     tables."""
-    shape, weights = weights.shape, weights.unsqueeze(1) if weights.dim() == 1 else weights
-    slab = (grad, weights, *batch, *layout)
+    shape = weights.shape
+    slab = (grad, _in_units(weights), *batch, *layout)
     if accumulate == Accumulate.ROWS:
         units, values = torch.ops.embeddings.bag_backward_rows(*slab, features)
         values = values.view(-1, *shape[1:])
@@ -163,17 +167,20 @@ def weights_gradient(grad: Tensor, weights: Tensor, batch: tuple, layout, accumu
     return torch.ops.embeddings.bag_backward(*slab, atomic, features).view(shape)
 
 
+def sample_weights_gradient(grad: Tensor, weights: Tensor, batch: tuple, layout, features: str) -> Tensor:
+    """The gradient [N] of per_sample_weights; arguments as above."""
+    ids, offsets, _, tables = batch
+    slab = (grad, _in_units(weights), ids, offsets, tables)
+    return torch.ops.embeddings.bag_backward_sample_weights(*slab, *layout, features)
+
+
 def _backward(ctx, grad: Tensor):
-    weights, ids, offsets, per_sample_weights, tables = ctx.saved_tensors
+    weights, *batch = ctx.saved_tensors
     weights_grad = sample_weights_grad = None
     if ctx.needs_input_grad[0]:
-        batch = (ids, offsets, per_sample_weights, tables)
         weights_grad = weights_gradient(grad, weights, batch, ctx.how, ctx.accumulate, ctx.features)
     if ctx.needs_input_grad[3]:
-        weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
-        sample_weights_grad = torch.ops.embeddings.bag_backward_sample_weights(
-            grad, weights, ids, offsets, tables, *ctx.how, ctx.features
-        )
+        sample_weights_grad = sample_weights_gradient(grad, weights, batch, ctx.how, ctx.features)
     return (weights_grad, None, None, sample_weights_grad, *(None,) * 10)
 
 

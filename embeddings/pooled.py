@@ -1,23 +1,23 @@
 """The lookups of several slabs as one step of autograd: into one output, and back into each slab or its optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embeddings import native
-from embeddings.ops import weights_gradient
+from embeddings.ops import sample_weights_gradient, weights_gradient
 from embeddings.rules import accumulator
 
 
 class Launch(NamedTuple):
     """How a slab is read, and what its gradient becomes; tensors apart."""
 
-    layout: tuple[int, ...]  # probes, chunks, index_map, combine, pooling
+    layout: Sequence[int]  # probes, chunks, index_map, combine, pooling
     accumulate: int
     features: str
-    update: Callable | None  # update(grad, batch, layout, features) instead of a gradient, or None
+    update: Callable | None = None  # update(grad, batch, layout, features) instead of a gradient
 
 
 class _Pooled(torch.autograd.Function):
@@ -33,13 +33,10 @@ class _Pooled(torch.autograd.Function):
         num_slabs = len(ctx.launches)
         gradients, of_sample_weights = [], None
         for i, launch in enumerate(ctx.launches):
-            weight, table = slabs[i], slabs[num_slabs + i]
+            weight, batch = slabs[i], (ids, offsets, per_sample_weights, slabs[num_slabs + i])
             if ctx.needs_input_grad[5]:  # before an update moves the weights
-                part = torch.ops.embeddings.bag_backward_sample_weights(
-                    grad, weight, ids, offsets, table, *launch.layout, launch.features
-                )
+                part = sample_weights_gradient(grad, weight, batch, launch.layout, launch.features)
                 of_sample_weights = part if of_sample_weights is None else of_sample_weights + part
-            batch = (ids, offsets, per_sample_weights, table)
             gradient = None
             if ctx.needs_input_grad[6 + i]:
                 if launch.update is not None:

@@ -296,6 +296,7 @@ def bag_into(out, weights, ids, offsets, per_sample_weights, tables, *layout_fea
     """Writes the pooled vectors to their columns of out [B, columns]."""
     *layout, features = layout_features
     layout = Layout(*layout)
+    weights = weights.unsqueeze(1) if weights.dim() == 1 else weights
     right = out.dim() == 2 and out.is_contiguous() and out.dtype == accumulator(weights.dtype)
     _require(right, "out must be contiguous [B, columns], of the dtype of the weights' sums and on their device")
     _check(weights, ids, offsets, per_sample_weights, tables, *out.shape, layout, features)

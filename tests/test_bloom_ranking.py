@@ -18,7 +18,7 @@ def test_reciprocal_ranks_are_scipys_with_ties_and_without_known_films():
     wanted = {3: [0, 11], 0: [2], 8: [5, 6, 7]}  # of the others nothing is wanted
     ranked = scores.clone()
     ranked[tuple(known.T)] = -9  # below all others
-    brute = [np.mean(1 / rankdata(-ranked[user].numpy())[films]) for user, films in wanted.items()]
+    brute = [np.mean(1 / rankdata(-ranked[user].double().numpy())[films]) for user, films in wanted.items()]
     pairs = torch.tensor([[user, film] for user, films in wanted.items() for film in films])
     before = scores.clone()
     assert evaluate(scores, known, pairs) == np.mean(brute)
