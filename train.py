@@ -5,6 +5,7 @@ python train.py embedding=hashed compression=0.1
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -270,7 +271,7 @@ def train(config: dict, folder: Path) -> dict:
         backends = Backends(config, dataset.feature_names)
         if settings.average_from is not None:
             backends.refuse_16_bits(f"trainer.average_from={settings.average_from}: the mean would be rounded away")
-        make_dense, make_embedding = optimizers(config["optimizer"])
+        make_dense, make_embedding = optimizers(config["optimizer"], config["device"])
         make_model = build("model", config["model"])
         make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
         start = find_start(config, folder, dataset)
@@ -407,8 +408,8 @@ def backend(key: str, node: dict) -> Backend:
         return build(key, node)()
 
 
-def optimizers(node: dict) -> tuple:
-    """The two optimizers' constructors. Refuses what would fail at the first step."""
+def optimizers(node: dict, device: str) -> list:
+    """The two optimizers' constructors, for a model on that device. Refuses what would fail at the first step."""
     for part, module in (("dense", "torch.optim"), ("embedding", "embeddings.optim")):
         if not node[part]["_target_"].startswith(f"{module}."):
             raise ConfigError(
@@ -416,15 +417,27 @@ def optimizers(node: dict) -> tuple:
                 f"(the embeddings' gradients are rows, which only embeddings.optim can take)"
             )
         check_number(f"optimizer.{part}.lr", node[part].get("lr"), 0, float("inf"))
-    makers = build("optimizer.dense", node["dense"]), build("optimizer.embedding", node["embedding"])
-    for part, make in zip(("dense", "embedding"), makers, strict=True):
-        weight = torch.zeros(1, 1, requires_grad=True)
-        weight.grad = torch.zeros(1, 1)
+    makers = []
+    for part in ("dense", "embedding"):
+        make = build(f"optimizer.{part}", node[part])
         try:
-            make([weight]).step()  # the optimizer judges its own hyperparameters
+            try_step(make, device)  # the optimizer judges its own hyperparameters
         except (ValueError, TypeError) as error:
             raise ConfigError(f"optimizer.{part}: {error}") from error
+        except RuntimeError:
+            if not node[part].get("fused"):
+                raise
+            make = functools.partial(make, fused=None)
+            try_step(make, device)
+            print(f"optimizer.{part}.fused=true: torch {torch.__version__} cannot on {device}, so steps are not fused")
+        makers.append(make)
     return makers
+
+
+def try_step(make, device: str) -> None:
+    weight = torch.zeros(1, 1, device=device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    make([weight]).step()
 
 
 def fuses(config: dict, bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:

@@ -84,7 +84,7 @@ def ours(spec: Spec) -> Training:
     bags = EmbeddingBags(chosen, cardinalities, pooling=config["pooling"], seed=0)
     model = train.build("model", config["model"])(bags, NUM_DENSE).to(spec.device)
     linear.use(model, linear.choose(config["linear"], device=config["device"], precision=config["precision"]))
-    make_dense, make_embedding = train.optimizers(config["optimizer"])
+    make_dense, make_embedding = train.optimizers(config["optimizer"], config["device"])
     optimizer = make_embedding(bags.parameters())
     is_fused = train.fuses(config, bags, optimizer)
     if is_fused:

@@ -13,9 +13,9 @@ What every dataset has; the constructor has read no rows, what is marked * needs
   batches(split, batch_size, *, epoch=0, start=0) *
                         iterates over Batch, from sample `start` on; the last may be smaller. Train is shuffled, a pure
                         function of the shuffle seed and the epoch; valid and test have one order
-  picks(split, batch_size, *, epoch=0, start=0) *, take(split, index) *
+  picks(split, batch_size, *, epoch=0, start=0) *, take(split, index, device="cpu") *
                         the same in two steps: the samples of each batch, int64 or int32 numbers in the split, and their
-                        Batch
+                        Batch on a device
   best_possible_auc(split) *
                         AUC of the true click probabilities where they are known, NaN for an empty split, else None
   describe() *          one line for the terminal"""

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,3 +17,7 @@ class Batch(NamedTuple):
     ids: Tensor
     offsets: Tensor | None
     labels: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return self._make(field if field is None else field.to(device) for field in self)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.batch import Batch
 from data.checks import check_choice, check_int, check_list
@@ -109,10 +110,12 @@ class Criteo1TB(FileDataset):
         """See FileDataset."""
         return dict(zip(stored_order(self.last), (sum(rows[:-1]), -(-rows[-1] // 2), rows[-1] // 2), strict=True))
 
-    def take(self, split: str, index: np.ndarray) -> Batch:
+    def take(self, split: str, index: np.ndarray, device: torch.device | str = "cpu") -> Batch:
         """See FileDataset."""
         batch = super().take(split, index)
-        return batch if self.multi_hot is None else multi_hot(batch, self.multi_hot, list(self.cardinalities.values()))
+        if self.multi_hot is not None:
+            batch = multi_hot(batch, self.multi_hot, list(self.cardinalities.values()))
+        return batch.to(device)
 
     def _day(self, number: int) -> Path:
         """The file of a day, in whichever form is there."""

@@ -135,9 +135,9 @@ class FileDataset:
         block = self.shuffle_block if self.shuffle else None
         return self.prepared.picks(split, batch_size, epoch=epoch, start=start, seed=self.shuffle_seed, block=block)
 
-    def take(self, split: str, index: np.ndarray) -> Batch:
-        """Samples of a split as a batch."""
-        return self.prepared.take(split, index, self._limits)
+    def take(self, split: str, index: np.ndarray, device: torch.device | str = "cpu") -> Batch:
+        """Samples of a split as a batch on a device."""
+        return self.prepared.take(split, index, self._limits).to(device)
 
     def best_possible_auc(self, split: str) -> None:
         """None: only synthetic data knows."""

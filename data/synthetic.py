@@ -1,7 +1,8 @@
 """Criteo-shaped samples from a seeded generator, with labels from a hidden teacher whose own AUC is known.
 
 Sample i of a split is a pure function of (seed, split, i): every column is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
-of a counter, so there is no file, no state, and no work or memory that grows with the tables."""
+of a counter, so there is no file, no state, and no work or memory that grows with the tables. It is made on any device,
+the same on each but for the rounding of exp and log in float64."""
 
 import bisect
 import hashlib
@@ -11,22 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from data.arrays import GAMMA, Array, cast, like, mix64, module_of, normals, shifted
 from data.batch import Batch
 from data.checks import check_between, check_exact_keys, check_int, check_keys, check_list, check_number
-from data.teacher import Teacher, exact_auc, mix64, stream_keys
+from data.teacher import Teacher, exact_auc, stream_keys
 
-GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step: 2^64 over the golden ratio, odd
 CALIBRATION_SAMPLES = 1 << 16  # the teacher's click rate and AUC are then within about 0.003 of what was asked
 CHUNK = 8192  # samples generated at once when a whole split is walked: the scratch stays in cache
 
 
-def zipf_ids(uniform: np.ndarray, cardinalities: np.ndarray, exponent: float) -> np.ndarray:
+def zipf_ids(uniform: Array, cardinalities: np.ndarray, exponent: float) -> Array:
     """int64 ids by the inverse CDF of the density x^-exponent on [1, n+1), less one: id 0 is the most frequent.
     uniform [F, B] in [0, 1); cardinalities [F, 1]."""
-    power = (1.0 - exponent) or 1e-9  # exponent 1 is the limit; expm1 and log1p keep all digits there
-    edge = np.expm1(power * np.log(cardinalities + 1.0))  # [F, 1]
-    x = np.exp(np.log1p(uniform * edge) / power)
-    return np.minimum(x.astype(np.int64), cardinalities) - 1  # rounding may reach n + 1
+    xp, power = module_of(uniform), (1.0 - exponent) or 1e-9  # exponent 1 is the limit
+    edge = np.expm1(power * np.log(cardinalities + 1.0))  # [F, 1]; expm1 and log1p keep all digits at the limit
+    x = xp.exp(xp.log1p(uniform * like(edge, uniform)) / power)
+    return xp.minimum(cast(x, "int64"), like(cardinalities, uniform)) - 1  # rounding may reach n + 1
 
 
 def num_expected(num_samples: int, min_count: int, cardinality: int, exponent: float) -> int:
@@ -108,7 +109,7 @@ class Synthetic:
         """Scales the teacher (a fraction of a second). All ids can occur: keep_unseen is moot."""
         check_keys("keep_unseen", keep_unseen, self.feature_names)
         if not self._calibrated:
-            indices = np.arange(CALIBRATION_SAMPLES, dtype=np.uint64)
+            indices = np.arange(CALIBRATION_SAMPLES)
             chunks = [self._columns("calibration", c) for c in np.split(indices, CALIBRATION_SAMPLES // CHUNK)]
             parts = np.concatenate([self._teacher.parts(normal, ids) for normal, ids, _ in chunks], axis=1)
             self._teacher.calibrate(parts, click_rate=self.click_rate, auc=self.teacher_auc)
@@ -128,18 +129,18 @@ class Synthetic:
             position = np.arange(first, min(first + batch_size, count), dtype=np.uint64)
             yield (position * np.uint64(step) + np.uint64(shift)) % np.uint64(count)
 
-    def take(self, split: str, index: np.ndarray) -> Batch:
-        """Samples of a split as a batch."""
+    def take(self, split: str, index: np.ndarray, device: torch.device | str = "cpu") -> Batch:
+        """Samples of a split as a batch, made on a device."""
         assert self._calibrated, "prepare() comes first"
-        normal, ids, labels, _ = self._samples(split, index.astype(np.uint64))
-        ids = np.minimum(ids, self._kept - 1)
-        dense = np.log1p(np.exp(normal)).T  # log1p of a log-normal count, as Criteo's after its transform
-        return Batch(
-            dense=torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)),
-            ids=torch.from_numpy(ids.astype(np.int32).reshape(-1)),
-            offsets=None,
-            labels=torch.from_numpy(labels.astype(np.float32)),
-        )
+        index = index.astype(np.int64)
+        on_cpu = torch.device(device).type == "cpu"
+        normal, ids, labels, _ = self._samples(split, index if on_cpu else torch.from_numpy(index).to(device))
+        xp = module_of(ids)
+        dense = xp.log1p(xp.exp(normal)).T  # log1p of a log-normal count, as Criteo's after its transform
+        ids = xp.minimum(ids, like(self._kept - 1, ids))
+        dense, ids, labels = cast(dense, "float32"), cast(ids, "int32"), cast(labels, "float32")
+        dense, ids, labels = map(torch.as_tensor, (dense, ids, labels))
+        return Batch(dense.contiguous(), ids.view(-1), None, labels)
 
     def best_possible_auc(self, split: str) -> float:
         """AUC of the teacher's own probabilities on the samples of this split; no model does better but by luck.
@@ -151,7 +152,7 @@ class Synthetic:
         if split not in self._auc:
             starts = range(0, self.num_samples[split], CHUNK)
             ends = [min(s + CHUNK, self.num_samples[split]) for s in starts]
-            pairs = [np.arange(s, e, dtype=np.uint64) for s, e in zip(starts, ends, strict=True)]
+            pairs = [np.arange(s, e) for s, e in zip(starts, ends, strict=True)]
             walked = [self._samples(split, indices)[2:] for indices in pairs]
             labels, logits = (np.concatenate(column) for column in zip(*walked, strict=True))
             self._auc[split] = exact_auc(logits, labels)
@@ -173,18 +174,19 @@ class Synthetic:
             step += 1
         return step, int(rng.integers(0, 2**31))
 
-    def _columns(self, split: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Normals [num_dense, B] float64, ids [F, B] int64 and one uniform [B] for the label. indices: uint64 [B]."""
+    def _columns(self, split: str, indices: Array) -> tuple[Array, Array, Array]:
+        """Normals [num_dense, B] float64, ids [F, B] int64 and one uniform [B] for the label. indices: int64 [B]."""
         num_dense, num_features = len(self.dense_names), len(self.feature_names)
         keys = stream_keys(num_dense + num_features + 1, self.seed, split)[:, None]
-        bits = mix64(indices * GAMMA + keys)  # [num_dense + F + 1, B]
-        uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1), all 53 bits of a float64
-        open_uniform = np.maximum(uniform[:num_dense], 2.0**-54)
-        normal = torch.special.ndtri(torch.from_numpy(open_uniform)).numpy()
+        bits = mix64(indices * GAMMA + like(keys, indices))  # [num_dense + F + 1, B]
+        uniform = cast(shifted(bits, 11), "float64")
+        uniform *= 2.0**-53  # [0, 1), all 53 bits of a float64
+        at_zero = uniform[:num_dense] == 0
+        normal = normals(uniform[:num_dense] + at_zero * 2.0**-54)
         return normal, zipf_ids(uniform[num_dense:-1], self._rows, self.zipf_exponent), uniform[-1]
 
-    def _samples(self, split: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _samples(self, split: str, indices: Array) -> tuple[Array, Array, Array, Array]:
         """Normals, ids, labels [B] (bool) and the teacher's logits [B]."""
         normal, ids, uniform = self._columns(split, indices)
         logits = self._teacher.logit(self._teacher.parts(normal, ids))
-        return normal, ids, uniform < 1.0 / (1.0 + np.exp(-logits)), logits
+        return normal, ids, uniform < 1.0 / (1.0 + module_of(logits).exp(-logits)), logits

@@ -6,24 +6,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from data.arrays import GAMMA, Array, cast, like, mix64, module_of, shifted
+
 SQRT3 = math.sqrt(3.0)  # uniform on [-SQRT3, SQRT3] has variance 1
 
 
-def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, a bijection of 64 bits; x is uint64 and is overwritten."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
-
-
 def stream_keys(count: int, *words: object) -> np.ndarray:
-    """uint64 [count]: independent 64-bit keys named by the words (sha256 in counter mode)."""
+    """int64 [count]: independent 64-bit keys named by the words (sha256 in counter mode)."""
     name = "/".join(map(str, words))
     digests = (hashlib.sha256(f"{name}/{i}".encode()).digest()[:8] for i in range(count))
-    return np.array([int.from_bytes(d, "little") for d in digests], dtype=np.uint64)
+    return np.array([int.from_bytes(d, "little", signed=True) for d in digests], dtype=np.int64)
 
 
 def expected_auc(logits: np.ndarray) -> float:
@@ -59,7 +51,7 @@ class Teacher:
     to their shares of the variance, then bias and scale are set so that click rate and AUC are as asked."""
 
     def __init__(self, seed: int, num_features: int, *, num_dense: int, signal: Mapping[str, float]):
-        rng = np.random.default_rng(int(stream_keys(1, seed, "teacher")[0]))
+        rng = np.random.default_rng(int(stream_keys(1, seed, "teacher")[0]) % 2**64)
         self.keys = stream_keys(num_features, seed, "effects")[:, None]  # [F, 1]
         self.dense_weights = rng.normal(size=num_dense)
         self.dense_pairs = rng.permutation(num_dense)[: num_dense // 2 * 2].reshape(-1, 2)
@@ -69,16 +61,17 @@ class Teacher:
         self.part_scales = np.sqrt([signal["dense"], signal["ids"], signal["pairs"]])
         self.bias, self.scale = 0.0, 1.0
 
-    def parts(self, normal: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def parts(self, normal: Array, ids: Array) -> Array:
         """The three parts [3, B] of the logit, unscaled. normal: float64 [num_dense, B]; ids: int64 [F, B]."""
-        first, second = normal[self.dense_pairs[:, 0]], normal[self.dense_pairs[:, 1]]
-        dense = self.dense_weights @ normal + 0.5 * np.tanh(first * second).sum(0)
-        bits = mix64((ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + self.keys)  # [F, B]
-        fade = (ids + 1.0) ** -self.tail_decay
+        xp, one, other = module_of(ids), *like(self.dense_pairs.T, ids)
+        dense = like(self.dense_weights, ids) @ normal + 0.5 * xp.tanh(normal[one] * normal[other]).sum(0)
+        bits = mix64((ids + 1) * GAMMA + like(self.keys, ids))  # [F, B]
+        fade = (cast(ids, "float64") + 1.0) ** -self.tail_decay
         unit = 2 * SQRT3 * 2.0**-53
-        effect = ((bits >> np.uint64(11)) * unit - SQRT3) * fade
-        products = (effect[self.pairs[:, 0]] * effect[self.pairs[:, 1]]).sum(0)
-        return np.stack([dense, self.feature_weights @ effect, products])
+        effect = (cast(shifted(bits, 11), "float64") * unit - SQRT3) * fade
+        one, other = like(self.pairs.T, ids)
+        products = (effect[one] * effect[other]).sum(0)
+        return xp.stack([dense, like(self.feature_weights, ids) @ effect, products])
 
     def calibrate(self, parts: np.ndarray, *, click_rate: float, auc: float) -> None:
         """Sets the scale of each part, the bias and the overall scale from the parts [3, N] of a sample."""
@@ -91,6 +84,6 @@ class Teacher:
         self.scale = bisect(lambda scale: expected_auc(scale * score + bias_at(scale)), auc, 0.0, 20.0)
         self.bias = bias_at(self.scale)
 
-    def logit(self, parts: np.ndarray) -> np.ndarray:
+    def logit(self, parts: Array) -> Array:
         """Logits [B] of parts [3, B]."""
-        return self.bias + self.scale * (self.part_scales @ parts)
+        return self.bias + self.scale * (like(self.part_scales, parts) @ parts)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -184,6 +185,17 @@ def test_both_libraries_of_the_dense_layers_train_and_the_summary_names_the_one(
 
 
 @pytest.mark.once
+def test_an_optimizer_that_torch_cannot_fuse_there_steps_as_it_can_and_that_is_said(capsys):
+    """As torch 2.11 Adagrad on CUDA; here on "meta"."""
+    dense = {"_target_": "torch.optim.Adagrad", "_partial_": True, "lr": 0.1, "fused": True}
+    node = {"dense": dense, "embedding": {"_target_": "embeddings.optim.SGD", "_partial_": True, "lr": 0.1}}
+    for device, said in (("cpu", ""), ("meta", f"fused=true: torch {torch.__version__} cannot on meta, so steps are")):
+        make, _ = train.optimizers(node, device)
+        assert make([torch.zeros(1)]).param_groups[0]["fused"] == (True if device == "cpu" else None)
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+
+
 def test_bf16_says_where_it_is_emulated(cli):
     status, out, err = cli("precision=bf16", "trainer.max_steps=1", *SMALL)
     assert status == 0, err

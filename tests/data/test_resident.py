@@ -1,4 +1,4 @@
-"""Training samples that are kept on a device: the dataset's own batches, whatever the dataset."""
+"""Samples that are kept on a device: the dataset's own batches, whatever the dataset."""
 
 import pytest
 import torch
@@ -74,5 +74,5 @@ def test_samples_with_bags_are_refused(table):
 
 def test_what_does_not_fit_is_refused_with_bytes_needed_and_free(table, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
-    with pytest.raises(ValueError, match=r"the training samples take 480 bytes, cuda has 100"):
-        Resident(from_file(table), "cuda")  # 30 samples of a dense column, two ids and a label
+    with pytest.raises(ValueError, match=r"the samples take 960 bytes, cuda has 100"):
+        Resident(from_file(table), "cuda")  # 60 samples of a dense column, two ids and a label

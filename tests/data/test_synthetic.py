@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.synthetic import Synthetic, zipf_ids
 from data.teacher import exact_auc, expected_auc
@@ -69,6 +70,25 @@ def test_start_skips_exactly_that_many_samples(start, epoch, batch_size):
         assert list(dataset.batches("train", batch_size, epoch=epoch, start=start)) == []
     else:
         assert equal([x[start:] for x in whole], joined(dataset.batches("train", batch_size, epoch=epoch, start=start)))
+
+
+def test_samples_are_made_on_the_device_that_is_asked_for():
+    dataset = default()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # it refuses what reads tensors of two devices
+        batch = dataset.take("train", np.arange(10), "meta")
+    assert batch.offsets is None and all(field.is_meta for field in (batch.dense, batch.ids, batch.labels))
+    assert [list(field.shape) for field in (batch.dense, batch.ids, batch.labels)] == [[10, 5], [40], [10]]
+
+
+def test_torch_makes_the_samples_that_numpy_makes(monkeypatch):
+    """A device's are torch's, here on the CPU."""
+    dataset = make(cardinalities=CRITEO_KAGGLE, num_dense=13, num_samples={"train": 20_000, "valid": 0, "test": 1})
+    own = dataset.take("train", np.arange(20_000))
+    samples = Synthetic._samples
+    monkeypatch.setattr(Synthetic, "_samples", lambda self, split, i: samples(self, split, torch.from_numpy(i)))
+    by_torch = dataset.take("train", np.arange(20_000))
+    assert by_torch.ids.equal(own.ids) and by_torch.labels.equal(own.labels)
+    torch.testing.assert_close(by_torch.dense, own.dense, rtol=1e-7, atol=0)
 
 
 def test_two_builds_give_the_same_bits_and_another_seed_does_not():

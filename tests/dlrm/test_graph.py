@@ -4,6 +4,7 @@ Without a GPU a capture is stood in for by the function itself, called anew for 
 """
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from stand_ins import SETTINGS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from dlrm.evaluation import predict
 from dlrm.feed import on_device
 from dlrm.graph import WARM_UP, CudaGraphs, DenseStep
 from dlrm.log import RunLog
+from dlrm.metrics import Metrics
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
 from embeddings import EmbeddingBags
@@ -51,7 +55,10 @@ def make_trainer(folder, *overrides, fused=True, dense="adagrad", **settings):
     backend = instantiate(config.embedding)()
     bags = EmbeddingBags(dict.fromkeys(data.cardinalities, backend), data.cardinalities, pooling="sum", seed=0)
     torch.manual_seed(0)
-    settings = TrainerSettings(**SETTINGS | {"eval_every": 0, "deterministic": False} | settings)
+    device = settings.pop("device", "cpu")
+    named = "cpu" if device == "meta" else device
+    settings = TrainerSettings(**SETTINGS | {"eval_every": 0, "deterministic": False, "device": named} | settings)
+    object.__setattr__(settings, "device", device)  # "meta" is not for users
     model = instantiate(config.model)(bags, len(data.dense_names)).to(settings.device)
     optimizer = instantiate(config.optimizer.embedding)(bags.parameters())
     if fused:
@@ -158,6 +165,55 @@ class Refusing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if (name := func._schema.name) in WAITING:
             raise RuntimeError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "backend, optimizer",
+    [*((backend, "rowwise_adagrad") for backend in BACKENDS), *(("hashed", x) for x in EMBEDDING_OPTIMIZERS)],
+)
+def test_a_step_reads_tensors_of_its_device_alone(tmp_path, monkeypatch, backend, optimizer, fused):
+    """Of "meta", which has no numbers: so what would wait for them fails, too."""
+    compression = [] if backend in ("dense", "fast") else ["compression=0.5"]
+    overrides = [f"embedding={backend}", f"optimizer/embedding={optimizer}", "embedding.accumulate=sorted"]
+    overrides.append("optimizer.dense.fused=null")  # which torch has not for "meta"
+    trainer = on_meta(tmp_path, monkeypatch, *overrides, *compression, fused=fused)
+    step = trainer._graphed_step(graphs=StandIn(lambda run: run)) if fused else trainer._eager_step
+    metrics = Metrics("meta")
+    for batch in trainer.dataset.batches("train", 32):
+        batch = batch.to("meta")
+        with OneDevice():
+            step(batch)
+            metrics.update(*predict(trainer.model, batch, trainer.settings))
+    assert all(parameter.is_meta for parameter in trainer.model.parameters())
+
+
+def test_a_tensor_of_another_device_in_the_step_would_have_been_seen(tmp_path, monkeypatch):
+    trainer = on_meta(tmp_path, monkeypatch)
+    (slab,) = trainer.model.embeddings.slabs
+    slab.tables = torch.zeros(slab.tables.shape, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="embeddings::bag_into reads tensors on cpu and meta"), OneDevice():
+        trainer._eager_step(next(trainer.dataset.batches("train", 32)).to("meta"))
+
+
+def on_meta(tmp_path, monkeypatch, *overrides, **how):
+    monkeypatch.setattr(torch, "autocast", lambda *given, **named: nullcontext())  # it has no "meta"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    trainer = make_trainer(tmp_path / "run", *overrides, **how, device="meta")
+    trainer._check_finite = trainer._check_embedding_gradient = lambda *given: None  # on CUDA they look at nothing
+    trainer._check_gradients = lambda: None
+    return trainer
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operators, but for copies, whose tensors are on two devices; those of no dimension are numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        devices = sorted({x.device.type for x in tensors})
+        if len(devices) > 1 and func not in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            raise RuntimeError(f"{func._schema.name} reads tensors on {' and '.join(devices)}")
         return func(*args, **(kwargs or {}))
 
 
