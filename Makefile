@@ -44,6 +44,16 @@ test: $(VENV)/.dev  ## the whole test suite, with the compiled kernels and then 
 test-slow: $(VENV)/.dev  ## the tests that take more than ten seconds each
 	$(MAKE) test SLOW=slow
 
+# a CUDA build of 4 GB from PyPI: beside the tests it shows that CUDA's kernels link and load with that torch
+OTHER = .venv-torch-$(TORCH)
+test-torch:  ## the tests with another torch: make test-torch TORCH=2.10.0
+	test -n "$(TORCH)" || { echo "make test-torch: name a version, TORCH=2.10.0"; exit 1; }
+	$(PYTHON) -m venv $(OTHER)
+	sed -s '/^-r/d; s/^torch==.*/torch==$(TORCH)/' requirements.txt requirements-dev.txt > $(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OTHER)/requirements.txt
+	$(MAKE) test VENV=$(OTHER) -o $(OTHER)/.dev
+	EMBEDDINGS_NATIVE=require $(OTHER)/bin/python -m pytest -m slow -k "link_and_load" tests/embeddings/test_native.py
+
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -105,4 +115,4 @@ SOAK = kills flips harm launches disks repeats stall "fuzz --seconds 1200"
 soak: $(VENV)/.dev  ## kill, damage, fill up, repeat and fuzz at length: docs/reliability.md
 	status=0; for script in $(SOAK); do $(BIN)/python -m benchmarks.reliability.$$script || status=1; done; exit $$status
 
-.PHONY: help setup train test test-slow lint format wheel test-wheel torchrec test-torchrec launchers test-launchers examples cuda gpu bench soak
+.PHONY: help setup train test test-slow test-torch lint format wheel test-wheel torchrec test-torchrec launchers test-launchers examples cuda gpu bench soak

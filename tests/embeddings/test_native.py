@@ -42,7 +42,7 @@ def start(code: str, cache: Path, **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
@@ -222,3 +222,25 @@ def test_calls_leave_nothing_on_the_heap(native_kernels):
 
     first = held()
     assert held() - first < calls * len(names) / 10
+
+
+LINK = """
+from pathlib import Path
+import torch
+from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+from embeddings import native, ops
+native._devices = lambda: ["90"]
+torch.ops.load_library(str(native._run_ninja(Path({folder!r}), native._ninja_file(cuda=True))))
+print(all(has_kernel(f"embeddings::{{name}}", device) for name in {names} for device in ("CPU", "CUDA")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.version.cuda is None or shutil.which("nvcc") is None, reason="needs nvcc and a CUDA build of torch"
+)
+def test_with_a_cuda_build_of_torch_the_cuda_kernels_link_and_load_also_where_there_is_no_gpu(tmp_path):
+    names = ["bag", "bag_into", "bag_backward", "bag_backward_rows", "bag_backward_sample_weights", "bag_update"]
+    names += ["dot_interaction", "dot_interaction_backward"]
+    code, out, err = finish(start(LINK.format(folder=str(tmp_path), names=names), tmp_path))
+    assert (code, out) == (0, "True\n"), err
