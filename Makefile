@@ -49,7 +49,7 @@ OTHER = .venv-torch-$(TORCH)
 test-torch:  ## the tests with another torch: make test-torch TORCH=2.10.0
 	test -n "$(TORCH)" || { echo "make test-torch: name a version, TORCH=2.10.0"; exit 1; }
 	$(PYTHON) -m venv $(OTHER)
-	sed -s '/^-r/d; s/^torch==.*/torch==$(TORCH)/' requirements.txt requirements-dev.txt > $(OTHER)/requirements.txt
+	sed -s '/^-r/d; s/^torch==.*/torch==$(TORCH)/; s/^setuptools==.*/setuptools>=77/' requirements.txt requirements-dev.txt > $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OTHER)/requirements.txt
 	$(MAKE) test VENV=$(OTHER) -o $(OTHER)/.dev
 	EMBEDDINGS_NATIVE=require $(OTHER)/bin/python -m pytest -m slow -k "link_and_load" tests/embeddings/test_native.py

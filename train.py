@@ -33,12 +33,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.resident import Resident
-from dlrm import checkpoint, expected, jobs, linear
+from dlrm import expected, jobs, linear
 from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
-from dlrm.run_folder import HELD, check_same_run, config_hash, git_commit, held, make_run_folder
+from dlrm.resume import find_start, identity, rows_to_keep
+from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
 from embeddings import Dense, EmbeddingBags, native, seed_of
@@ -274,7 +275,7 @@ def train(config: dict, folder: Path) -> dict:
         make_dense, make_embedding = optimizers(config["optimizer"], config["device"])
         make_model = build("model", config["model"])
         make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
-        start = find_start(config, folder, dataset)
+        start = find_start(config, folder, dataset.fingerprint)
         native.load(config["native"])
     with refusals():
         dataset.prepare(backends.take_any_id(dataset.feature_names))
@@ -321,37 +322,6 @@ def trainer_settings(config: dict) -> TrainerSettings:
     """Of a configuration. Raises ValueError, naming the key."""
     root = {key: config[key] for key in ("precision", "device", "deterministic")}
     return TrainerSettings(**config["trainer"], checkpoint=CheckpointSettings(**config["checkpoint"]), **root)
-
-
-def find_start(config: dict, folder: Path, dataset) -> Path | None:
-    """The checkpoint from which the run goes on, all its bytes read, or None if it begins anew.
-
-    Raises ValueError if it cannot go on from there."""
-    resume = config["resume"]
-    if resume in (None, "never"):
-        return None
-    if resume == "auto" and not checkpoint.all_in(folder):
-        if (folder / "metrics.jsonl").exists():
-            print(f"{folder}: this run ended before its first checkpoint and begins anew")
-        return None
-    start = checkpoint.newest_whole(folder if resume == "auto" else resume)
-    counters = checkpoint.read_counters(start)
-    same = json.loads(json.dumps(identity(config)))
-    check_same_run(start, counters, same, dataset.fingerprint, config["resume_despite"])
-    print(f"goes on from step {counters['step']:,} ({start})")
-    return start
-
-
-def rows_to_keep(folder: Path, start: Path | None) -> int | None:
-    """How many records of the folder's own run the checkpoint has seen; None if there are no records."""
-    if start is not None:
-        counters = checkpoint.read_counters(start)
-        if "rows" not in counters:
-            raise ValueError(
-                f"resume=auto: {start} is of an older version, which did not count records; resume={start}"
-            )
-        return counters["rows"]
-    return 0 if (folder / "metrics.jsonl").exists() else None
 
 
 class Backends:
@@ -521,22 +491,6 @@ def facts(config: dict) -> dict:
         "config_hash": config_hash(config),
         "expected": config["expected"],
     }
-
-
-def identity(config: dict) -> dict:
-    """What a run must have equal to be resumed: what decides weights and samples, but not where files lie."""
-    data = {
-        key: value for key, value in config["data"].items() if key not in ("path", "cache", "memory_limit", "on_error")
-    }
-    same = ("model", "compression", "dense_below", "pooling", "seed")
-    trainer = {key: config["trainer"][key] for key in ("batch_size", "average_from")}
-    # precision is younger than the first checkpoints, which are fp32
-    embedding, *features = (
-        {key: value for key, value in node.items() if (key, value) != ("precision", "fp32")}
-        for node in (config["embedding"], *config["features"].values())
-    )
-    named = {"embedding": embedding, "features": dict(zip(config["features"], features, strict=True))}
-    return {key: config[key] for key in same} | named | {"data": data} | trainer
 
 
 def hparams(config: dict) -> dict:

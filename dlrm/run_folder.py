@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -54,47 +54,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
-
-
-def first_difference(saved: object, mine: object, key: str = "") -> tuple[str, object, object] | None:
-    """The first dotted key at which two nested dicts differ, and both values (None: missing), or None."""
-    if not (isinstance(saved, dict) and isinstance(mine, dict)):
-        return None if saved == mine else (key, saved, mine)
-    names = list(mine | saved)
-    found = (first_difference(saved.get(n), mine.get(n), f"{key}.{n}" if key else n) for n in names)
-    return next((difference for difference in found if difference), None)
-
-
-def check_same_run(path: Path, counters: dict, identity: dict, fingerprint: str, despite: Iterable[str] = ()) -> None:
-    """Raises ValueError, with the difference, unless a checkpoint's counters are of a run of this identity and data.
-
-    despite: dotted keys of the identity that may differ, and "data" for the data itself."""
-    saved, mine = (without(whole, despite) for whole in (counters.get("identity", {}), identity))
-    if difference := first_difference(saved, mine):
-        key, *values = difference
-        saved, mine = map(json.dumps, values)
-        raise ValueError(
-            f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run "
-            f"(resume_despite=[{key}] goes on all the same)"
-        )
-    if counters["fingerprint"] != fingerprint and "data" not in despite:
-        raise ValueError(
-            f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']}, now {fingerprint}; "
-            "resume_despite=[data] goes on all the same)"
-        )
-
-
-def without(whole: dict, keys: Iterable[str]) -> dict:
-    """Nested dicts less what these dotted keys name."""
-    left = json.loads(json.dumps(whole))
-    for key in keys:
-        *parents, last = key.split(".")
-        inner = left
-        for parent in parents:
-            inner = inner.get(parent) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            inner.pop(last, None)
-    return left
 
 
 def config_hash(config: dict) -> str:

@@ -4,16 +4,13 @@ import json
 import math
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dlrm import checkpoint, memory
 from dlrm.average import WeightAverage
@@ -23,19 +20,18 @@ from dlrm.checkpoints import Checkpoints
 from dlrm.evaluation import Evaluation, evaluate, predict
 from dlrm.feed import on_device
 from dlrm.graph import CudaGraphs, DenseStep, GraphedStep
+from dlrm.guards import Guards
 from dlrm.interrupt import Interrupt, Stop
 from dlrm.log import RunLog
 from dlrm.model import DLRM
 from dlrm.progress import Progress
 from dlrm.report import NOT_LEARNED, NOT_SAVED, final_table
-from dlrm.run_folder import check_same_run
+from dlrm.resume import check_same_run
 from dlrm.settings import TrainerSettings
 from embeddings import native
 
 if TYPE_CHECKING:
     from data.batch import Batch
-
-NUM_RECENT, SPIKE = 10, 2.0  # a loss this many times the median of so many before it is worth a line
 
 
 class Trainer:
@@ -80,11 +76,8 @@ class Trainer:
         self.gradient_bytes = 0  # the most that a step's gradients of the embeddings took
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
         self.has_warned = False
-        self.recent_losses: deque[float] = deque(maxlen=NUM_RECENT)  # as logged
         self.interrupt, self.progress = Interrupt(), None
-        dense = set(model.dense_parameters())
-        self.dense_layers = {name: param for name, param in model.named_parameters() if param in dense}
-        model.embeddings.register_full_backward_pre_hook(lambda *given: self._check_embedding_gradient(*given))
+        self.guards = Guards(model, dataset.feature_names, dataset.dense_names)
         self.run_step = self._make_step()
 
     def resume(self, path: Path | str, despite: Iterable[str] = ()) -> None:
@@ -102,7 +95,7 @@ class Trainer:
         self.loss_sum.fill_(counters.get("loss_sum", 0.0))
         self.num_losses, self.gradient_bytes = counters.get("num_losses", 0), counters.get("gradient_bytes", 0)
         self.has_warned, self.records_due = counters.get("has_warned", False), counters.get("records_due", False)
-        self.recent_losses.extend(counters.get("recent_losses", ()))
+        self.guards.recent_losses.extend(counters.get("recent_losses", ()))
         is_own = path.parent == self.log.folder / "checkpoints"
         if is_own and (pending := counters.get("pending")):
             values = {tag: math.nan if value is None else value for tag, value in pending["values"].items()}
@@ -204,6 +197,7 @@ class Trainer:
 
     def _train_step(self, batch: "Batch") -> None:
         self._set_rates(self.step)
+        self.guards.num_steps = self.step
         self.run_step(batch)
         self.step += 1
         if self.average is not None and self.step > self.settings.average_from * self.num_steps:
@@ -231,11 +225,9 @@ class Trainer:
         """Forward, loss and backward, in which fused embeddings step too. On CUDA nothing here waits for the device."""
         logits, labels = predict(self.model, batch, self.settings)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
-        if not loss.is_cuda:  # there a look would wait for the device: see _add_training
-            self._check_finite(loss, batch)
+        self.guards.check_loss(loss, batch.dense, batch.labels)  # on CUDA losses are looked at by _add_training
         loss.backward()
-        if not loss.is_cuda:
-            self._check_gradients()
+        self.guards.check_gradients()
         self.loss_sum += loss.detach()
 
     def _make_step(self) -> Callable[["Batch"], None]:
@@ -271,46 +263,6 @@ class Trainer:
             graphs=graphs or CudaGraphs(self.settings.device),
         )
 
-    def _check_finite(self, loss: Tensor, batch: "Batch") -> None:
-        if not torch.isfinite(loss):
-            words = f"the loss is not finite at step {self.step + 1}, before its update"
-            raise FloatingPointError(f"{words}: {self._explain(batch)}")
-
-    def _check_gradients(self) -> None:
-        """Of the dense layers; those of the embeddings are looked at in the backward pass, where fused ones step."""
-        grads = {name: param.grad for name, param in self.dense_layers.items() if param.grad is not None}
-        if not math.isfinite(sum(grad.sum().item() for grad in grads.values())):
-            for name, grad in grads.items():
-                if not torch.isfinite(grad).all():
-                    raise FloatingPointError(
-                        f"step {self.step + 1}, before its update: the gradient of {name} has a NaN or an infinity, "
-                        "though the loss has not; a lower learning rate may help"
-                    )
-
-    def _check_embedding_gradient(self, module, gradients: tuple[Tensor, ...]) -> None:
-        """A hook before the embeddings' backward pass, and so before any fused step. gradients: one, [B, F, D]."""
-        (gradient,) = gradients
-        if gradient.is_cuda or math.isfinite(gradient.sum().item()):
-            return
-        bad = ~torch.isfinite(gradient).all(2).all(0)  # [F]
-        if bad.any():
-            feature = self.dataset.feature_names[int(bad.nonzero()[0])]
-            raise FloatingPointError(
-                f"step {self.step + 1}, before its update: the gradient of feature {feature}'s vectors has a NaN or an "
-                "infinity, though the loss has not; a lower learning rate may help"
-            )
-
-    def _explain(self, batch: "Batch") -> str:
-        """The first tensor with a NaN or infinity, in the order in which they could have caused each other."""
-        columns = {f"dense column {name}": batch.dense[:, i] for i, name in enumerate(self.dataset.dense_names)}
-        tables = self.model.embeddings.table_weights()
-        weights = {f"weights of feature {name}": part for name, parts in tables.items() for part in parts}
-        dense = {f"weights {name}": param for name, param in self.dense_layers.items()}
-        for name, tensor in (columns | {"the labels": batch.labels} | weights | dense).items():
-            if not torch.isfinite(tensor).all():
-                return f"{name} have a value that is NaN or infinite"
-        return "inputs and weights are finite, so the logits overflowed; a lower learning rate may help"
-
     def _add_training(self) -> None:
         loss = self.loss_sum.item() / self.num_losses  # the only wait for the device
         self.model.embeddings.raise_noted()
@@ -319,7 +271,8 @@ class Trainer:
                 f"the loss is not finite in steps {self.step - self.num_losses + 1} to {self.step}; "
                 "trainer.log_every=1 finds the step, device=cpu also the tensor"
             )
-        self._look_for_a_spike(loss)
+        if words := self.guards.spike(loss):
+            self._say(f"step {self.step:,}: {words}")
         self.loss_sum.zero_()
         self.num_losses = 0
         now, (last_time, last_samples) = time.perf_counter() - self.eval_seconds, self.last_log
@@ -332,12 +285,6 @@ class Trainer:
         }
         self.log.add(values, {})
         self.progress.show(f"step {self.step:,} loss {loss:.4f}")
-
-    def _look_for_a_spike(self, loss: float) -> None:
-        if len(self.recent_losses) == NUM_RECENT and loss > SPIKE * (usual := median(self.recent_losses)):
-            words = f"the loss jumped to {loss:.4f}, from {usual:.4f} (the median of {NUM_RECENT} records before)"
-            self._say(f"step {self.step:,}: {words}; a lower learning rate or a longer warm-up may help")
-        self.recent_losses.append(loss)
 
     def _evaluate(self, split: str, *, exact: bool) -> Evaluation:
         check = self.interrupt.check
@@ -437,7 +384,7 @@ class Trainer:
             "gradient_bytes": self.gradient_bytes,
             "has_warned": self.has_warned,
             "records_due": self.records_due,
-            "recent_losses": list(self.recent_losses),
+            "recent_losses": list(self.guards.recent_losses),
         }
 
     def _save_meanwhile(self) -> None:

@@ -12,7 +12,8 @@ from test_trainer import equal, read_rows, state_tensors, weights
 
 from dlrm import checkpoint
 from dlrm.checkpoints import CheckpointSettings
-from dlrm.run_folder import check_same_run, without
+from dlrm.guards import Guards
+from dlrm.resume import check_same_run, without
 
 RUN = {"num_train": 160, "batch_size": 32, "epochs": 3}  # 15 steps
 TIMES = {"train/samples_per_second", "memory/peak_bytes"}
@@ -234,13 +235,14 @@ def test_what_is_not_finite_stops_before_the_update_and_is_named(start, place, w
     assert all(tensor.isfinite().all() for tensor in weights(again))
 
 
-def test_a_jump_of_the_loss_is_said(start, capsys):
-    trainer = start("run")
-    for loss in [0.5] * 9 + [1.1]:
-        trainer.progress = type("", (), {"write": print})
-        trainer._look_for_a_spike(loss)
-    assert "jumped" not in capsys.readouterr().out  # nine records are too few to tell
-    trainer._look_for_a_spike(0.9)
-    assert "jumped" not in capsys.readouterr().out
-    trainer._look_for_a_spike(1.2)
-    assert "step 0: the loss jumped to 1.2000, from 0.5000" in capsys.readouterr().out
+def test_a_jump_of_the_loss_is_found(start):
+    guards = start("run").guards
+    assert not any(guards.spike(loss) for loss in [0.5] * 9 + [1.1])  # nine records are too few to tell
+    assert guards.spike(0.9) is None
+    assert guards.spike(1.2).startswith("the loss jumped to 1.2000, from 0.5000")
+
+
+def test_a_jump_of_the_loss_is_said(start, monkeypatch, capsys):
+    monkeypatch.setattr(Guards, "spike", lambda self, loss: "it jumped")
+    start("run").train()
+    assert "step 3: it jumped\n" in capsys.readouterr().err

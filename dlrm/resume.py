@@ -1,0 +1,95 @@
+"""Where a run goes on from, and whether that is the same run."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from dlrm import checkpoint
+
+
+def identity(config: dict) -> dict:
+    """What a run must have equal to be resumed: what decides weights and samples, but not where files lie."""
+    data = {
+        key: value for key, value in config["data"].items() if key not in ("path", "cache", "memory_limit", "on_error")
+    }
+    same = ("model", "compression", "dense_below", "pooling", "seed")
+    trainer = {key: config["trainer"][key] for key in ("batch_size", "average_from")}
+    # precision is younger than the first checkpoints, which are fp32
+    embedding, *features = (
+        {key: value for key, value in node.items() if (key, value) != ("precision", "fp32")}
+        for node in (config["embedding"], *config["features"].values())
+    )
+    named = {"embedding": embedding, "features": dict(zip(config["features"], features, strict=True))}
+    return {key: config[key] for key in same} | named | {"data": data} | trainer
+
+
+def find_start(config: dict, folder: Path, fingerprint: str) -> Path | None:
+    """The checkpoint from which the run in a folder goes on, all its bytes read, or None if it begins anew.
+
+    fingerprint: of its data. Raises ValueError if it cannot go on from there."""
+    resume = config["resume"]
+    if resume in (None, "never"):
+        return None
+    if resume == "auto" and not checkpoint.all_in(folder):
+        if (folder / "metrics.jsonl").exists():
+            print(f"{folder}: this run ended before its first checkpoint and begins anew")
+        return None
+    start = checkpoint.newest_whole(folder if resume == "auto" else resume)
+    counters = checkpoint.read_counters(start)
+    same = json.loads(json.dumps(identity(config)))
+    check_same_run(start, counters, same, fingerprint, config["resume_despite"])
+    print(f"goes on from step {counters['step']:,} ({start})")
+    return start
+
+
+def rows_to_keep(folder: Path, start: Path | None) -> int | None:
+    """How many records of the folder's own run the checkpoint has seen; None if there are no records."""
+    if start is not None:
+        counters = checkpoint.read_counters(start)
+        if "rows" not in counters:
+            raise ValueError(
+                f"resume=auto: {start} is of an older version, which did not count records; resume={start}"
+            )
+        return counters["rows"]
+    return 0 if (folder / "metrics.jsonl").exists() else None
+
+
+def first_difference(saved: object, mine: object, key: str = "") -> tuple[str, object, object] | None:
+    """The first dotted key at which two nested dicts differ, and both values (None: missing), or None."""
+    if not (isinstance(saved, dict) and isinstance(mine, dict)):
+        return None if saved == mine else (key, saved, mine)
+    names = list(mine | saved)
+    found = (first_difference(saved.get(n), mine.get(n), f"{key}.{n}" if key else n) for n in names)
+    return next((difference for difference in found if difference), None)
+
+
+def check_same_run(path: Path, counters: dict, identity: dict, fingerprint: str, despite: Iterable[str] = ()) -> None:
+    """Raises ValueError, with the difference, unless a checkpoint's counters are of a run of this identity and data.
+
+    despite: dotted keys of the identity that may differ, and "data" for the data itself."""
+    saved, mine = (without(whole, despite) for whole in (counters.get("identity", {}), identity))
+    if difference := first_difference(saved, mine):
+        key, *values = difference
+        saved, mine = map(json.dumps, values)
+        raise ValueError(
+            f"resume={path}: that is another run: {key} is {saved} there and {mine} in this run "
+            f"(resume_despite=[{key}] goes on all the same)"
+        )
+    if counters["fingerprint"] != fingerprint and "data" not in despite:
+        raise ValueError(
+            f"resume={path}: that run's data was other data (fingerprint {counters['fingerprint']}, now {fingerprint}; "
+            "resume_despite=[data] goes on all the same)"
+        )
+
+
+def without(whole: dict, keys: Iterable[str]) -> dict:
+    """Nested dicts less what these dotted keys name."""
+    left = json.loads(json.dumps(whole))
+    for key in keys:
+        *parents, last = key.split(".")
+        inner = left
+        for parent in parents:
+            inner = inner.get(parent) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return left
