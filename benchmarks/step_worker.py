@@ -93,7 +93,9 @@ def ours(spec: Spec) -> Training:
     atexit.register(scratch.cleanup)
     trainer = Trainer(
         model,
-        types.SimpleNamespace(num_samples={"train": 1 << 40, "valid": 0, "test": 0}, dense_names=[]),
+        types.SimpleNamespace(
+            num_samples={"train": 1 << 40, "valid": 0, "test": 0}, feature_names=list(cardinalities), dense_names=[]
+        ),
         dense_optimizer=make_dense(model.dense_parameters()),
         embedding_optimizer=optimizer,
         settings=settings,

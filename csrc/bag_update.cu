@@ -69,7 +69,7 @@ __device__ void fold_lane(int lane, int lanes, int num_packs, Pack pack, real (&
   }
 }
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(EMBEDDINGS_THREADS)
 // For all lanes of a group: what finish(v) makes of the lanes' numbers added by halves, of which partial(lane, v) gives
 // one's. finish is called once, after every partial.
 template <typename real, int kVector, typename Partial, typename Finish>

@@ -12,7 +12,11 @@
 
 namespace embeddings {
 
+#ifdef EMBEDDINGS_THREADS_OF_BLOCK
+constexpr int kThreads = EMBEDDINGS_THREADS_OF_BLOCK;
+#else
 constexpr int kThreads = 256;  // of a block
+#endif
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));

@@ -1,6 +1,6 @@
 // CUDA's words in C++, for building *.cu without nvcc: a launch is a loop over blocks and threads. Slow, and it shows
-// neither races nor timing, but a sanitizer sees every index. Its operators are torch.ops.embeddings_host, on CPU
-// tensors.
+// neither races, but for those that cuda_on_threads.h shows, nor timing, but a sanitizer sees every index. Its
+// operators are torch.ops.embeddings_host, on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -24,6 +24,9 @@
 struct Place {
   unsigned x;
 };
+#ifdef EMBEDDINGS_THREADS
+#include "cuda_on_threads.h"
+#else
 inline Place blockIdx, threadIdx, gridDim, blockDim;
 
 // A group's results of `over_lanes`, by its number and that of the call.
@@ -89,6 +92,19 @@ struct Threads {
   }
 };
 
+// one thread runs at a time
+inline int atomicCAS_system(int* at, int expected, int desired) {
+  return *at == expected ? std::exchange(*at, desired) : *at;
+}
+inline int atomicExch_system(int* at, int desired) {
+  return std::exchange(*at, desired);
+}
+template <typename number_t>
+void atomicAdd(number_t* to, number_t v) {
+  *to += v;
+}
+#endif
+
 // --- runtime ---------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
@@ -126,19 +142,9 @@ inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream)
   return AOTI_TORCH_SUCCESS;
 }
 
-// --- between threads, of which one runs at a time --------------------------------------------------------------------
+// --- between threads -------------------------------------------------------------------------------------------------
 
-inline int atomicCAS_system(int* at, int expected, int desired) {
-  return *at == expected ? std::exchange(*at, desired) : *at;
-}
-inline int atomicExch_system(int* at, int desired) {
-  return std::exchange(*at, desired);
-}
 inline void __threadfence_system() {}
-template <typename number_t>
-void atomicAdd(number_t* to, number_t v) {
-  *to += v;
-}
 
 namespace cooperative_groups {
 struct Alone {

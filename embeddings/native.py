@@ -39,6 +39,8 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=null,vptr -fno-sanitize
 SANITIZED_FLAGS = f"{CXX_FLAGS} -O0 {SANITIZERS}"  # the last -O counts: half of the compilation of -O1
 # The CUDA kernels as C++ for the CPU, where sanitizers see every index: slow.
 HOST_FLAGS = f"-std=c++20 -O0 -x c++ {SANITIZERS} -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+# The same with a thread of the CPU's for each of theirs, where a sanitizer sees races: slower yet.
+THREADS_FLAGS = HOST_FLAGS.replace(SANITIZERS, "-fsanitize=thread -DEMBEDDINGS_THREADS")
 DEFINES = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one source for every later torch
 
 
@@ -103,16 +105,22 @@ def build_cuda_on_host() -> Path:
     return _build_once(_cache_folder() / f"{_key(False)}-cuda-on-host", _sanitized_ninja_file(HOST_FLAGS, "*.cu"))
 
 
+def build_cuda_on_threads() -> Path:
+    """The same for the thread sanitizer, whose library alone is then to be preloaded."""
+    key = f"{_key(False, THREADS_FLAGS)}-cuda-on-threads"
+    return _build_once(_cache_folder() / key, _sanitized_ninja_file(THREADS_FLAGS, "*.cu", "thread"))
+
+
 def build_sanitized() -> Path:
     """The CPU kernels built with the same sanitizers: torch.ops.embeddings. What loads and raises is as above."""
     key = f"{_key(False, SANITIZED_FLAGS)}-sanitized"
     return _build_once(_cache_folder() / key, _sanitized_ninja_file(SANITIZED_FLAGS, "*.cpp"))
 
 
-def sanitizer_libraries() -> str:
+def sanitizer_libraries(names: tuple[str, ...] = ("libasan.so", "libubsan.so")) -> str:
     """What LD_PRELOAD must be where they are loaded. Raises RuntimeError if the compiler has no sanitizers."""
     paths = []
-    for name in ("libasan.so", "libubsan.so"):
+    for name in names:
         path = _output_of([*shlex.split(_compiler()), f"-print-file-name={name}"]).decode().strip()
         if not Path(path).is_absolute():  # the bare name, where there is no such file
             raise RuntimeError(f"no {name}: the compiler has no sanitizers to preload")
@@ -216,10 +224,10 @@ def _ninja_file(cuda: bool) -> str:
     return _link(lines, linker, objects)
 
 
-def _sanitized_ninja_file(flags: str, pattern: str) -> str:
+def _sanitized_ninja_file(flags: str, pattern: str, sanitizers: str = "address,undefined") -> str:
     lines = []
     objects = _objects(lines, "cxx", f"{_compiler()} {flags} {_includes()} -c $in -o $out", pattern)
-    return _link(lines, f"{_compiler()} -fsanitize=address,undefined -shared $in -o $out {_libraries()}", objects)
+    return _link(lines, f"{_compiler()} -fsanitize={sanitizers} -shared $in -o $out {_libraries()}", objects)
 
 
 def _objects(lines: list[str], rule: str, command: str, pattern: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The CUDA kernels' source, built for the CPU with sanitizers, gives the reference's bits and keeps to its memory.
 
 Sanitizers must be in a process from its start, so every test runs a Python of its own, which imports this file and
-calls one of the functions below. What this cannot show: races, and what nvcc makes of the source.
+calls one of the functions below. In slow tests each thread of a kernel is a thread of the CPU's, where a sanitizer sees
+races. What this cannot show is what nvcc makes of the source.
 """
 
 import ast
@@ -105,14 +106,58 @@ def test_a_slice_beyond_the_slab_is_seen_by_the_sanitizer(run, operator):
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def run_threads():
+    """Calls a function of this file under the thread sanitizer."""
+    try:
+        library = native.sanitizer_libraries(("libtsan.so",))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    native.build_cuda_on_threads()
+    native.load("require")  # compiled here: the compiler does not bear the sanitizer
+
+    def call(function: str) -> subprocess.CompletedProcess:
+        code = f"import test_cuda_on_host as host; host.load('threads'); print(host.{function}())"
+        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        env = {**os.environ, "LD_PRELOAD": library, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        command = ["setarch", "-R", sys.executable, "-c", code]  # at addresses that the sanitizer knows
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+    return call
+
+
+@pytest.mark.slow
+def test_threads_at_once_race_nowhere_and_give_the_bits_of_the_reference(run_threads):
+    done = run_threads("findings_of_threads")
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert ast.literal_eval(done.stdout) == []
+
+
+@pytest.mark.slow
+def test_two_features_that_write_the_same_columns_are_a_race_that_the_sanitizer_sees(run_threads):
+    done = run_threads("write_the_same_columns")
+    assert done.returncode != 0 and "ThreadSanitizer: data race" in done.stderr
+
+
 # --- there -----------------------------------------------------------------------------------------------------------
 
 
-def load() -> None:
+def load(how: str = "host") -> None:
     for name in OPERATORS + INTERACTION:
         schema = str(getattr(torch.ops.embeddings, name).default._schema)
         torch.library.define(f"embeddings_host::{name}", schema[schema.index("(") :])
-    torch.ops.load_library(str(native.build_cuda_on_host()))
+    build = {"host": native.build_cuda_on_host, "threads": native.build_cuda_on_threads}[how]
+    torch.ops.load_library(str(build()))
+
+
+def findings_of_threads() -> list[str]:
+    return differences(25) + interactions(4)
+
+
+def write_the_same_columns() -> None:
+    tables = torch.tensor([Table(f, 0, 4, 4, 0, 4, 4) for f in range(2)])
+    case = Case(torch.ones(4, 4), torch.tensor([0, 1, 2, 3]), None, None, tables, 2, 4, 1, 1, PARTITION, ADD, "a\x1fb")
+    calls(case, SUM, torch.ones(2, 4))["bag_into"](torch.ops.embeddings_host)
 
 
 def findings_of_all() -> dict[str, list[str]]:
