@@ -28,7 +28,7 @@ class Resident:
         if self._device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(self._device)[0]):
             raise ValueError(f"data_on_device=true: the samples take {needed:,} bytes, {device} has {free:,}")
         print(f"data: {count:,} samples are kept on {device}: {needed / 2**20:,.1f} MiB", flush=True)
-        self._kept = {split: self._load(split) for split, count in dataset.num_samples.items() if count}
+        self._kept = {split: self._load(split, sample) for split, count in dataset.num_samples.items() if count}
 
     def __getattr__(self, name: str):
         return getattr(self._dataset, name)
@@ -43,10 +43,9 @@ class Resident:
         for rows in torch.cat(order).to(self._device).split(batch_size):
             yield Batch(dense[rows], ids[rows].T.reshape(-1), None, labels[rows])
 
-    def _load(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all samples of a split: dense [N, num_dense], ids [N, F], labels [N]."""
+    def _load(self, split: str, sample: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all samples of a split: dense [N, num_dense], ids [N, F], labels [N]. sample: one, for shapes."""
         count = self._dataset.num_samples[split]
-        sample = self._dataset.take(split, np.arange(1))
         dense = torch.empty(count, sample.dense.shape[1], device=self._device)
         ids = torch.empty(count, len(sample.ids), dtype=sample.ids.dtype, device=self._device)
         labels = torch.empty(count, device=self._device)

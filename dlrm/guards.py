@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -14,15 +15,15 @@ class Guards:
     """Of a model whose embeddings' features and dense columns have these names. On CUDA to look is to wait, so there
     nothing is looked at but the losses, when they are logged.
 
-    num_steps: steps done; recent_losses: as logged, the last few. Both belong to the run's state."""
+    step(): how many steps are done. recent_losses: as logged, the last few; they belong to the run's state."""
 
-    def __init__(self, model: nn.Module, feature_names: list[str], dense_names: list[str]):
+    def __init__(self, model: nn.Module, feature_names: list[str], dense_names: list[str], step: Callable[[], int]):
         self._model, self._feature_names, self._dense_names = model, feature_names, dense_names
+        self._step = step
         dense = set(model.dense_parameters())
         self._layers = {name: param for name, param in model.named_parameters() if param in dense}
-        self.num_steps = 0
         self.recent_losses: deque[float] = deque(maxlen=NUM_RECENT)
-        model.embeddings.register_full_backward_pre_hook(lambda *given: self.check_embedding_gradient(*given))
+        model.embeddings.register_forward_hook(self._watch)
 
     def check_loss(self, loss: Tensor, dense: Tensor, labels: Tensor) -> None:
         """Raises FloatingPointError, naming the first tensor with a NaN or infinity, if the loss is not finite.
@@ -30,7 +31,7 @@ class Guards:
         dense: [B, num_dense]; labels: [B], of the step."""
         if not (loss.is_cuda or torch.isfinite(loss)):
             why = self._explain(dense, labels)
-            raise FloatingPointError(f"the loss is not finite at step {self.num_steps + 1}, before its update: {why}")
+            raise FloatingPointError(f"the loss is not finite at step {self._step() + 1}, before its update: {why}")
 
     def check_gradients(self) -> None:
         """Of the dense layers; those of the embeddings are looked at in the backward pass, where fused ones step."""
@@ -42,9 +43,12 @@ class Guards:
                 if not torch.isfinite(grad).all():
                     self._refuse_gradient(name)
 
-    def check_embedding_gradient(self, module: nn.Module, gradients: tuple[Tensor, ...]) -> None:
-        """A hook before the embeddings' backward pass, and so before any fused step. gradients: one, [B, F, D]."""
-        (gradient,) = gradients
+    def _watch(self, embeddings: nn.Module, given: tuple, vectors: Tensor) -> None:
+        if vectors.requires_grad:
+            vectors.register_hook(lambda gradient: self.check_embedding_gradient(gradient))
+
+    def check_embedding_gradient(self, gradient: Tensor) -> None:
+        """Of the embeddings' vectors [B, F, D]: before their backward pass, and so before any fused step."""
         if gradient.is_cuda or math.isfinite(gradient.sum().item()):
             return
         bad = ~torch.isfinite(gradient).all(2).all(0)  # [F]
@@ -62,7 +66,7 @@ class Guards:
 
     def _refuse_gradient(self, name: str) -> None:
         raise FloatingPointError(
-            f"step {self.num_steps + 1}, before its update: the gradient of {name} has a NaN or an infinity, "
+            f"step {self._step() + 1}, before its update: the gradient of {name} has a NaN or an infinity, "
             "though the loss has not; a lower learning rate may help"
         )
 

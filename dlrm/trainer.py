@@ -77,7 +77,7 @@ class Trainer:
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
         self.has_warned = False
         self.interrupt, self.progress = Interrupt(), None
-        self.guards = Guards(model, dataset.feature_names, dataset.dense_names)
+        self.guards = Guards(model, dataset.feature_names, dataset.dense_names, step=lambda: self.step)
         self.run_step = self._make_step()
 
     def resume(self, path: Path | str, despite: Iterable[str] = ()) -> None:
@@ -197,7 +197,6 @@ class Trainer:
 
     def _train_step(self, batch: "Batch") -> None:
         self._set_rates(self.step)
-        self.guards.num_steps = self.step
         self.run_step(batch)
         self.step += 1
         if self.average is not None and self.step > self.settings.average_from * self.num_steps:
