@@ -41,7 +41,7 @@ def choices(num_rows: int) -> dict[str, Backend]:
 
 def build(rows: list[int], draws: Draws, device: str) -> tuple[dict[str, Contender], dict[str, int]]:
     """Contenders, and what each added to the process (or the GPU) at its peak, a few steps of it included, in bytes."""
-    makers = {name: lambda b=b: ours(make_bags(b, rows).to(device), WORK) for name, b in choices(sum(rows)).items()}
+    makers = {name: lambda b=b: ours(make_bags(b, rows, device), WORK) for name, b in choices(sum(rows)).items()}
     if sum(rows) <= DENSE_ROWS:
         for name, make in theirs(rows, DIM, WORK, device):
             makers[name] = partial(make, None)

@@ -3,7 +3,8 @@
 One table, or Criteo Kaggle's 26 at a tenth of their rows, against torch.nn.EmbeddingBag, with sparse gradients and,
 where its table is small, dense ones, FBGEMM's TBE where fbgemm_gpu can be imported, and on CUDA a page of Triton. Fresh
 ids for everybody in every round (cold rows), drawn outside the time. work: forward; forward+backward; or these and an
-optimizer's update.
+optimizer's update. Who fails at a cell is left out of it, and the row says why. Times are a caller's, Python included:
+kernels alone are benchmarks.roof's.
 """
 
 import argparse
@@ -26,9 +27,11 @@ from benchmarks.measure import (
     interleave,
     machine,
     make_parser,
+    noted,
     ratio,
     read_options,
     record,
+    wait,
     words,
 )
 from benchmarks.shapes import LAWS, TABLES, Draws, backends, make_bags
@@ -130,10 +133,10 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
         yield "fbgemm", fbgemm_peer
 
 
-def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str, Contender], list[str]]:
-    """All that fit into memory by name, and who does not."""
-    left_out = []
-    made = {name: ours(make_bags(backends(dim)[name], rows).to(options.device), work) for name in options.backends}
+def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str, Contender], dict[str, str]]:
+    """All that can be made by name, and why others are left out."""
+    left_out: dict[str, str] = {}
+    made = {name: ours(make_bags(backends(dim)[name], rows, options.device), work) for name in options.backends}
     table = sum(rows) * dim * 4
     copies = COPIES.get(work, 1)
     held = table * copies
@@ -143,10 +146,11 @@ def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str,
         is_shared = flat is not None and held + table * copies > MOST_BYTES
         held += table * (copies - is_shared)
         if held > MOST_BYTES:
-            left_out.append(name)
+            left_out[name] = f"more than {MOST_BYTES >> 30} GiB"
             held -= table * (copies - is_shared)
         else:
-            made[name] = make(flat if is_shared else None)
+            with noted(left_out, name):
+                made[name] = make(flat if is_shared else None)
     return made, left_out
 
 
@@ -170,15 +174,26 @@ def time_all(made: dict[str, Contender], draws: Draws, grad: Tensor | None, opti
     )
 
 
-def measure(made: dict[str, Contender], rows: list[int], dim: int, work: str, cell, options) -> dict:
-    """Medians in microseconds and, for each of ours, the fastest peer's time over its own."""
+def measure(made: dict[str, Contender], left_out: dict[str, str], rows, dim: int, work: str, cell, options) -> dict:
+    """Medians in microseconds and, for each of ours, the fastest peer's time over its own, of all that can do it.
+
+    rows: of each table; left_out: who could not be made, and why."""
     law, bag, batch_size = cell
     draws = Draws(rows, law=law, bag=bag, batch_size=batch_size, device=options.device)
     grad = None if work == "forward" else torch.randn(batch_size, len(rows), dim, device=options.device)
+    left_out = dict(left_out)
+    if options.device != "cpu":
+        torch.compiler.reset()  # or its second shape is compiled for any
+    for name, contender in made.items():
+        with noted(left_out, name):
+            contender.work(grad)(contender.ready(draws()))
+            wait(options.device)
+    made = {name: contender for name, contender in made.items() if name not in left_out}
     seconds = time_all(made, draws, grad, options)
     medians = {name: median(times) for name, times in seconds.items()}
     row = {"dim": dim, "bag": bag, "ids": law, "batch_size": batch_size, "work": work}
-    row |= {"rounds": min(map(len, seconds.values())), "fused": [name for name in made if made[name].is_fused]}
+    row |= {"rounds": min(map(len, seconds.values()), default=0), "left_out": left_out}
+    row["fused"] = [name for name in made if made[name].is_fused]
     row |= {"microseconds": {name: round(time * 1e6, 1) for name, time in medians.items()}}
     others = [name for name in made if name not in options.backends]
     if others:
@@ -217,17 +232,15 @@ def main(arguments: list[str] | None = None) -> Path:
             progress.total -= len(cells(rows, dim, options))
             continue
         made, left_out = contenders(rows, dim, work, options)
-        if left_out:
-            print(f"{tables} x {dim}, {work}: no memory for {', '.join(left_out)}")
         for cell in cells(rows, dim, options):
-            row = {"tables": tables} | measure(made, rows, dim, work, cell, options)
+            row = {"tables": tables} | measure(made, left_out, rows, dim, work, cell, options)
             row["share_of_measured"] = share_of_measured(row, rows, rates)
             results.append(row)
+            path = record("lookup", options.device, results, command=options.command, kernels=kernels)
             times = ", ".join(f"{name} {time:,.0f}" for name, time in row["microseconds"].items())
             progress.say(f"{tables} x {dim}, {cell[0]}, bag {cell[1]}, batch {cell[2]}, {work}, us: {times}")
         del made
         gc.collect()
-        path = record("lookup", options.device, results, command=options.command, kernels=kernels)
     print(f"written to {path}")
     return path
 

@@ -1,6 +1,8 @@
 """Interleaved timing, what a set of times says, and the record that every result carries."""
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
@@ -8,7 +10,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -20,6 +22,7 @@ from dlrm import memory
 from dlrm.run_folder import git_commit
 
 RESULTS = Path(__file__).parent / "results"
+commit = functools.cache(git_commit)
 WARM_UP, LEAST = 2, 5  # rounds that are not counted; counted ones that a budget cannot take away
 ENVIRONMENT = (
     "OMP_NUM_THREADS",
@@ -60,6 +63,16 @@ def interleave(
             if i >= WARM_UP:
                 seconds[name].append(stop - start)
     return seconds
+
+
+@contextlib.contextmanager
+def noted(failures: dict[str, str], name: str) -> Iterator[None]:
+    """Whatever fails inside is said, with its first line in failures[name], and is no end: others are measured."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        print(f"{name} is left out: {failures[name]}", flush=True)
 
 
 def wait(device: str) -> None:
@@ -142,7 +155,7 @@ def machine(device: str) -> dict:
         "device": torch.cuda.get_device_name() if device != "cpu" else f"{cpu}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git_commit() or os.environ.get("COMMIT", "unknown"),
+        "commit": commit() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.now(UTC).date().isoformat(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "load_average": round(os.getloadavg()[0], 1),  # processes that ran or waited to, in the last minute: ours too
@@ -154,11 +167,14 @@ def results_folder() -> Path:
 
 
 def record(name: str, device: str, rows: list[dict], **facts: object) -> Path:
-    """Write rows with the machine's facts, and these, to $OUT, or benchmarks/results/, as NAME-DEVICE.json."""
+    """Write rows with the machine's facts, and these, to $OUT, or benchmarks/results/, as NAME-DEVICE.json.
+
+    Called after each cell, so that a run that is stopped leaves its rows."""
     results_folder().mkdir(parents=True, exist_ok=True)
     path = results_folder() / f"{name}-{'cpu' if device == 'cpu' else 'cuda'}.json"
-    path.write_text(as_text(machine(device) | facts, rows))
-    return path
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(as_text(machine(device) | facts, rows))
+    return unfinished.replace(path)
 
 
 def as_text(facts: dict, rows: list[dict]) -> str:

@@ -47,7 +47,7 @@ class GatheredBags(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(weights)
         self.register_buffer("firsts", torch.tensor([0, *rows[:-1]], device=weights.device).cumsum(0))
-        self.sums = torch.compile(self._sums) if compiles else self._sums
+        self.sums = torch.compile(self._sums, fullgraph=True) if compiles else self._sums
 
     def forward(self, batch: Bags) -> Tensor:
         """Sums [B, F, D] of bags."""

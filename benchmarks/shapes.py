@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.synthetic import zipf_ids
 from embeddings import QR, Bloom, Dense, EmbeddingBags, Fast, Hashed
@@ -32,22 +32,26 @@ class Bags(NamedTuple):
 
 
 class Draws:
-    """Fresh batches, one per call: F features of `rows` ids, batch_size bags of `bag` ids each, by a law of LAWS."""
+    """Fresh batches, one per call: F features of `rows` ids, batch_size bags of `bag` ids each, by a law of LAWS.
+
+    Drawn where they are used: made on the host, batches of a GPU take longer than what is measured on them."""
 
     def __init__(self, rows: list[int], *, law: str, bag: int, batch_size: int, device: str, seed: int = 0) -> None:
-        self.rows, self.exponent, self.bag, self.batch_size, self.device = rows, LAWS[law], bag, batch_size, device
-        self.generator = np.random.default_rng(seed)
-        self.width = batch_size * bag
-        self.offsets = torch.arange(0, len(rows) * self.width + 1, bag, device=device)
+        self.rows, self.exponent, self.bag, self.batch_size = rows, LAWS[law], bag, batch_size
+        self.sizes = np.array(rows)[:, None]
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.shape = len(rows), batch_size * bag
+        self.offsets = torch.arange(0, len(rows) * batch_size * bag + 1, bag, device=device)
 
     def __call__(self) -> Bags:
-        sizes = np.array(self.rows, dtype=np.int64)[:, None]
+        how = {"generator": self.generator, "device": self.generator.device}
+        uniform = torch.rand(self.shape, dtype=torch.float64, **how)
+        sizes = torch.from_numpy(self.sizes).to(uniform.device)
         if self.exponent:
-            ranks = zipf_ids(self.generator.random((len(self.rows), self.width)), sizes, self.exponent)
-            ids = ranks * SCATTER % sizes
+            ids = zipf_ids(uniform, self.sizes, self.exponent) * SCATTER % sizes
         else:
-            ids = self.generator.integers(sizes, size=(len(self.rows), self.width))
-        return Bags(torch.from_numpy(ids.reshape(-1)).to(self.device), self.offsets, self.bag)
+            ids = (uniform * sizes).long()
+        return Bags(ids.flatten(), self.offsets, self.bag)
 
 
 def backends(dim: int) -> dict[str, Backend]:
@@ -66,8 +70,19 @@ def backends(dim: int) -> dict[str, Backend]:
     }
 
 
-def make_bags(backend: Backend, rows: list[int]) -> EmbeddingBags:
+def make_bags(backend: Backend, rows: list[int], device: str = "cpu") -> EmbeddingBags:
     """Features C1, C2, ... of `rows` ids each under a backend; small ones stay dense."""
     dense = backends(backend.embedding_dim)["dense"]
     chosen = {f"C{i}": dense if backend.compresses and n < DENSE_BELOW else backend for i, n in enumerate(rows, 1)}
-    return EmbeddingBags(chosen, dict(zip(chosen, rows, strict=True)), pooling="sum", seed=0)
+    return bags_on(device, chosen, dict(zip(chosen, rows, strict=True)))
+
+
+def bags_on(device: str, backends: dict[str, Backend], rows: dict[str, int]) -> EmbeddingBags:
+    """Sums of bags. On a GPU the weights are drawn there, all alike: a host takes seconds for a billion."""
+    if device == "cpu":
+        return EmbeddingBags(backends, rows, pooling="sum", seed=0)
+    bags = EmbeddingBags(backends, rows, pooling="sum", seed=0, device="meta").to_empty(device=device)
+    for slab in bags.slabs:
+        nn.init.uniform_(slab.weight, -0.01, 0.01)
+        slab.tables.copy_(torch.tensor(slab.arrangement.tables))
+    return bags

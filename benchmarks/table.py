@@ -44,7 +44,7 @@ def lookup(rows: Rows) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.get("ratio", {})))
     summary = [
         {"tables": tables, "work": work, "cells": len(cells)}
-        | {name: _mean([row["ratio"][name] for row in cells if "ratio" in row]) for name in names}
+        | {name: _mean([row["ratio"][name] for row in cells if name in row.get("ratio", {})]) for name in names}
         for (tables, work), cells in groups.items()
     ]
     cells = [

@@ -56,6 +56,36 @@ def test_a_lookup_is_compared_with_every_peer_and_made_a_table(recorded, tmp_pat
 
 
 @once
+def test_who_fails_is_left_out_with_the_reason_and_a_run_that_stops_leaves_its_rows(recorded, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no memory\nfor it")
+
+    monkeypatch.setitem(lookup.TABLES, "two", [4000, 3])
+    monkeypatch.setattr(peers.TorchBags, "forward", fails)
+    shape = ["--tables", "two", "--dims", "16", "--bags", "1", "--batches", "3", "--laws", "uniform"]
+    found = recorded(lookup, *shape, "--works", "forward", "--backends", "dense")
+    assert found["rows"][0]["left_out"] == {"torch, sparse gradients": "RuntimeError: no memory"}
+    assert set(found["rows"][0]["microseconds"]) == {"dense"} | ({"fbgemm"} if peers.HAS_FBGEMM else set())
+    measure_cell, calls = lookup.measure, []
+    monkeypatch.setattr(
+        lookup, "measure", lambda *x: calls.append(x) or (measure_cell if len(calls) < 2 else fails)(*x)
+    )
+    with pytest.raises(RuntimeError):
+        lookup.main([*CELL, *shape, "--works", "forward,forward+backward", "--backends", "dense"])
+    assert [row["work"] for row in json.loads((tmp_path / "lookup-cpu.json").read_text())["rows"]] == ["forward"]
+
+
+@once
+@pytest.mark.parametrize("name", ["dense", "hashed 0.1 block 8", "bloom 0.1", "qr 0.1"])
+def test_bags_made_on_a_device_read_what_those_of_the_host_would(name):
+    rows, backend = [40, 3000], shapes.backends(16)[name]
+    on_host, there = shapes.make_bags(backend, rows), shapes.make_bags(backend, rows, "cpu:0")
+    there.load_state_dict(on_host.state_dict() | {k: v for k, v in there.state_dict().items() if "tables" in k})
+    ids = shapes.Draws(rows, law="uniform", bag=1, batch_size=6, device="cpu")().ids
+    assert there(ids).equal(on_host(ids))
+
+
+@once
 def test_growth_has_every_axis_and_no_dense_table_of_a_billion_rows(recorded):
     found = recorded(growth, "--rows", "100,1000000000", "--batches", "2", "--tables", "3")
     names = {(row["axis"], row["value"]): set() for row in found["rows"]}
