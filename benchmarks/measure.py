@@ -66,7 +66,7 @@ def interleave(
 
 
 @contextlib.contextmanager
-def noted(failures: dict[str, str], name: str) -> Iterator[None]:
+def noted(failures: dict, name: object) -> Iterator[None]:
     """Whatever fails inside is said, with its first line in failures[name], and is no end: others are measured."""
     try:
         yield

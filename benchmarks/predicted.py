@@ -35,17 +35,26 @@ def sort(num_touches: int, num_rows: int) -> tuple[int, int]:
     return num_touches * (listed + 8 + passes * 24), 3 + 2 + passes  # 8: the histogram's look
 
 
-def kernels(rows: list[int], dim: int, batch_size: int) -> Iterator[tuple[str, int, int]]:
-    """Name, bytes and launches of each call on dense tables of one id per sample, fp32."""
-    touches, row = len(rows) * batch_size, sectors(dim * FLOAT)
-    yield "forward", touches * (4 + 2 * row), 1
-    listed, launches = sort(touches, sum(rows))
+def lookups(
+    num_ids: int, num_units: int, dim: int, *, probes: int = 1, chunks: int = 1
+) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes and launches of each call on a slab of num_units units of dim / chunks numbers, fp32, one id per bag.
+
+    An id touches probes * chunks units. What a product of probes reads of the others in an update is not counted."""
+    touches, row = num_ids * probes * chunks, sectors(dim // chunks * FLOAT)
+    yield "forward", num_ids * (4 + sectors(dim * FLOAT)) + touches * row, 1
+    listed, launches = sort(touches, num_units)
     yield "gradient of touched rows", listed + touches * (12 + 2 * row + 8 + 24), launches + 5
     for name, states in STATES.items():
         state = 2 * row * states + 2 * SECTOR * (name == "rowwise_adagrad")
         yield f"fused {name}", listed + touches * (12 + row + 2 * row + state), launches + 2
+
+
+def kernels(rows: list[int], dim: int, batch_size: int) -> Iterator[tuple[str, int, int]]:
+    """The same on dense tables, and of the interaction with their vectors."""
+    yield from lookups(len(rows) * batch_size, sum(rows), dim)
     pairs = (len(rows) + 1) * len(rows) // 2
-    vectors = (len(rows) + 1) * row
+    vectors = (len(rows) + 1) * sectors(dim * FLOAT)
     out = sectors((dim + pairs) * FLOAT)
     yield "interaction", batch_size * (vectors + out), 1
     yield "interaction, backward", batch_size * (2 * vectors + out), 1

@@ -122,8 +122,22 @@ def grids(rows: Rows) -> str:
     )
 
 
+def roof(rows: Rows) -> str:
+    """us of a call, and its share of a copy's bandwidth and of random rows'."""
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["tables"], row["backend"], row["kernel"]
+        line = lines.setdefault(key, dict(zip(("tables", "", "kernel"), key, strict=True)))
+        shares = ", ".join(f"{row[share]:.2f}" for share in ("of_copy", "of_rows") if row.get(share) is not None)
+        text = "failed" if "error" in row else f"{row['us']:,.1f} ({shares})"
+        line[f"{row['dim']} x {row['batch_size']}"] = text
+    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    return markdown_table([{name: line.get(name, "-") for name in columns} for line in lines.values()])
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "bandwidth": bandwidth,
+    "roof": roof,
     "lookup": lookup,
     "lookup_wide": lookup,
     "step": step,

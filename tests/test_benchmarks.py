@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bandwidth, grids, growth, lookup, measure, peers, shapes, step, step_worker, table
+from benchmarks import bandwidth, grids, growth, lookup, measure, peers, roof, shapes, step, step_worker, table
 from data.synthetic import zipf_ids
 
 MODULES = sorted(path.stem for path in measure.RESULTS.parent.glob("*.py"))
@@ -26,7 +26,7 @@ def recorded(tmp_path, monkeypatch):
 @once
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_asks(name):
-    if name == "triton_bag" and not importlib.util.find_spec("triton"):
+    if name.startswith("triton_") and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
     assert importlib.import_module(f"benchmarks.{name}").__doc__.strip()
 
@@ -73,6 +73,53 @@ def test_who_fails_is_left_out_with_the_reason_and_a_run_that_stops_leaves_its_r
     with pytest.raises(RuntimeError):
         lookup.main([*CELL, *shape, "--works", "forward,forward+backward", "--backends", "dense"])
     assert [row["work"] for row in json.loads((tmp_path / "lookup-cpu.json").read_text())["rows"]] == ["forward"]
+
+
+@once
+def test_kernels_are_compared_with_the_roofs_measured_beside_them(recorded, tmp_path, monkeypatch):
+    monkeypatch.setitem(roof.TABLES, "two", [4000, 3])
+    monkeypatch.setitem(roof.OPTIMIZERS, "adam", lambda parameters: 1 / 0)  # the last
+    cell = ["--tables", "two", "--dims", "16", "--batches", "3", "--mebibytes", "1"]
+    rows = recorded(roof, *cell, "--backends", "dense,bloom 0.1")["rows"]
+    found = {(row["backend"], row["kernel"]): row for row in rows}
+    assert found["dense", "all"]["error"] == found["bloom 0.1", "all"]["error"] == "ZeroDivisionError: division by zero"
+    kernels = {"forward", "gradient of touched rows", "fused sgd", "fused adagrad", "fused rowwise_adagrad", "all"}
+    assert {kernel for backend, kernel in found if backend == "dense"} == kernels
+    assert found["dense", "forward"]["num_bytes"] == found["torch", "gather"]["num_bytes"] == 6 * (4 + 64 + 64)
+    assert found["bloom 0.1", "forward"]["num_bytes"] == 3 * (4 + 64 + 64) + 3 * (
+        4 + 64 + 2 * 64
+    )  # the small one is dense
+    assert "| two | dense | all | failed |" in table.text_of("roof", tmp_path)
+
+
+@once
+def test_a_share_is_of_the_fastest_roof_of_its_kind():
+    def work(whose: str, which: str, num_bytes: int, launches: int = 1) -> roof.Work:
+        return roof.Work((whose, which), num_bytes, launches, None, None)
+
+    medians = {
+        work("torch", "copy", 400): 1e-4,
+        work("torch", "gather", 100): 1e-4,
+        work("triton", "gather", 100): 5e-5,
+    }
+    medians |= {work("dense", "forward", 100): 1e-4, work("dense", "fused sgd", 100, launches=50): 2e-4}
+    copy, slow, fast, forward, fused = roof.shares(medians)
+    assert [row["of_copy"] for row in (copy, fast, forward, fused)] == [1, 0.5, 0.25, 0.125]
+    assert [row.get("of_rows") for row in (copy, slow, fast, forward, fused)] == [None, 0.5, 1, 0.5, None]
+    assert [row["predicted_us"] for row in (forward, fused)] == [25, 100]  # 100 bytes at 4 MB/s; 50 launches
+
+
+@once
+def test_sets_are_of_the_rows_that_they_say():
+    sets = roof.Sets([40, 3], 2, "cpu")
+    read = [ids.data_ptr() for ids in sets.ids]
+    sets.of_all()
+    assert all(ids[:2].max() < 40 <= ids[2:].min() and ids.max() < 43 for ids in sets.ids)
+    sets.apart()
+    assert all(len(ids.unique()) == 4 and ids.max() < 43 for ids in sets.ids)
+    sets.of_features()
+    assert all(ids[:2].max() < 40 and ids[2:].max() < 3 for ids in sets.ids)
+    assert read == [ids.data_ptr() for ids in sets.ids]
 
 
 @once
