@@ -2,12 +2,13 @@
 
 Forward, loss, backward and both optimizers of the model for Criteo Kaggle (13-512-256-64-16, 26 tables of the real
 33.8 M rows x 16, 367-512-256-1) on uniform fresh ids, against facebookresearch/dlrm (FOLDER: a checkout of it) and
-TorchRec's DLRM over FBGEMM's TBE; with --device cuda against the same model in plain torch. Each competitor is a
-process that builds its model once; they train in turn, a slice of steps each, so that a slow moment hits all alike, and
-sleep between. Batches are made outside the time.
+TorchRec's DLRM over FBGEMM's TBE; with --device cuda against the same model in plain torch, of each precision. Each
+competitor is a process that builds its model once; they train in turn, a slice of steps each, so that a slow moment
+hits all alike, and sleep between. Batches are made outside the time. Who fails is left out, and the result says why.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -18,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import Progress, integers, make_parser, ratio, read_options, record, words
+from benchmarks.measure import Progress, integers, make_parser, noted, ratio, read_options, record, words
 from benchmarks.shapes import KAGGLE
 
 OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
@@ -30,17 +31,19 @@ OURS = {  # name -> overrides of train.py's configuration
 }
 ON_GPU = {
     "ours": [],
-    "ours, no graph": ["trainer.cuda_graph=false"],
+    "ours tf32": ["precision=tf32"],
     "ours bf16": ["precision=bf16"],
+    "ours, no graph": ["trainer.cuda_graph=false"],
     "ours hashed 0.1": ["embedding=hashed", "compression=0.1"],
 }
-PLAIN = ("plain torch", "plain torch, dense part compiled")
+PLAIN = ("plain torch", "plain torch tf32", "plain torch bf16")
+PLAIN += ("plain torch, dense part compiled", "plain torch bf16, dense part compiled")
 SHORT = "--divide 10 --optimizers rowwise_adagrad --batches 2048 --rounds 6 --seconds 0.4"
 MIB = 1 << 20
 
 
 class Worker:
-    """A competitor's process. Raises RuntimeError with its last words if it dies."""
+    """A competitor's process, which begins to build. Raises RuntimeError with its last words if it dies."""
 
     def __init__(self, name: str, kind: str, optimizer: str, rows: list[int], options: argparse.Namespace) -> None:
         folder = str(Path(options.facebook).resolve()) if options.facebook else ""
@@ -52,22 +55,29 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=root
         )
-        self.is_fused = self._answer()["fused"]
+        self.is_fused = False
 
     def run(self, batch_size: int, steps: int) -> dict:
         """seconds of each step, and peak_bytes of the process so far."""
-        print(json.dumps({"batch_size": batch_size, "steps": steps}), file=self.process.stdin, flush=True)
-        return self._answer()
+        self.ask(batch_size, steps)
+        return self.answer()
 
-    def _answer(self) -> dict:
+    def ask(self, batch_size: int, steps: int) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its last words are the answer
+            print(json.dumps({"batch_size": batch_size, "steps": steps}), file=self.process.stdin, flush=True)
+
+    def answer(self) -> dict:
+        """To `ask`; the first is to having been made."""
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            raise RuntimeError(f"{self.name} stopped:\n{self.errors.read()[-2000:]}")
+            words = self.errors.read()[-2000:].strip()
+            raise RuntimeError(f"{words.splitlines()[-1] if words else 'no words'}\n{self.name} stopped:\n{words}")
         return json.loads(line)
 
     def stop(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -93,6 +103,28 @@ def competitors(options: argparse.Namespace) -> dict[str, str]:
     else:
         print("torchrec is left out: make torchrec VENV=.venv-torchrec, and run this with .venv-torchrec/bin/python")
     return found
+
+
+def build(
+    kinds: dict[str, str], optimizer: str, rows: list[int], left_out: dict[str, str], options
+) -> dict[str, Worker]:
+    """Every competitor's process, its model built: all at once."""
+    workers = {name: Worker(name, kind, optimizer, rows, options) for name, kind in kinds.items()}
+    for name, worker in workers.items():
+        with noted(left_out, name):
+            worker.is_fused = worker.answer()["fused"]
+    return workers
+
+
+def warm_up(workers: dict[str, Worker], batch_size: int, left_out: dict[str, str]) -> dict[str, Worker]:
+    """Those who can take such batches. All at once, as some compile for each size."""
+    able = {name: worker for name, worker in workers.items() if name not in left_out}
+    for worker in able.values():
+        worker.ask(batch_size, 1)
+    for name, worker in able.items():
+        with noted(left_out, name):
+            worker.answer()
+    return {name: worker for name, worker in able.items() if name not in left_out}
 
 
 def compare(workers: dict[str, Worker], batch_size: int, options: argparse.Namespace) -> list[dict]:
@@ -124,21 +156,25 @@ def main(arguments: list[str] | None = None) -> Path:
             f"--ours={','.join(options.ours)}: `ours` itself, which the others are compared with, is not in"
         )
     rows = [-(-n // options.divide) for n in KAGGLE]
-    batches = options.batches or ([128, 2048, 8192] if options.device == "cpu" else [2048, 8192, 65536])
+    batches = options.batches or ([128, 2048, 8192] if options.device == "cpu" else [65536, 2048, 8192])
     kinds = competitors(options)
+    facts = {"command": options.command, "rows_of_tables": sum(rows), "left_out": {}}
     progress, results = Progress(len(options.optimizers) * len(batches)), []
     for optimizer in options.optimizers:
         workers: dict[str, Worker] = {}
         try:
-            for name, kind in kinds.items():
-                print(f"{optimizer}: building {name}", flush=True)
-                workers[name] = Worker(name, kind, optimizer, rows, options)
+            print(f"{optimizer}: building {'; '.join(kinds)}", flush=True)
+            facts["left_out"][optimizer] = left_out = {}
+            workers = build(kinds, optimizer, rows, left_out, options)
             for batch_size in batches:
-                cell = [{"optimizer": optimizer} | row for row in compare(workers, batch_size, options)]
+                able = warm_up(workers, batch_size, left_out)
+                if "ours" not in able:
+                    raise RuntimeError(f"ours, which the others are compared with, failed: {left_out['ours']}")
+                cell = [{"optimizer": optimizer} | row for row in compare(able, batch_size, options)]
                 results += cell
                 speeds = ", ".join(f"{row['name']} {row['samples_per_second']:,}" for row in cell)
                 progress.say(f"{optimizer}, batch {batch_size}, samples/s: {speeds}")
-                path = record("step", options.device, results, command=options.command, rows_of_tables=sum(rows))
+                path = record("step", options.device, results, **facts)
         finally:
             for worker in workers.values():
                 worker.stop()

@@ -8,6 +8,7 @@ process. Between them it waits for a line, which takes no processor time.
 import atexit
 import functools
 import gc
+import itertools
 import json
 import os
 import sys
@@ -22,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import peers, shapes
 from dlrm import memory
 
 NUM_DENSE, DIM = 13, 16
 BOTTOM, TOP = [512, 256, 64, DIM], [512, 256, 1]
 WARM_UP = 2  # steps after each wait that are not counted: others have had the caches since
+SAMPLES = 1 << 19  # at least so many, in 8 batches at least, before they come again on a GPU: 13.6M rows of 64 bytes
 WARM_UP_ON_GPU = 6  # the first time a graph is captured after a few
 
 
@@ -70,7 +72,7 @@ def ours(spec: Spec) -> Training:
     from dlrm.log import RunLog
     from dlrm.progress import Progress
     from dlrm.trainer import Trainer
-    from embeddings import EmbeddingBags, native
+    from embeddings import native
 
     cardinalities = {f"C{i}": n for i, n in enumerate(spec.rows, 1)}
     dense = "sgd" if spec.optimizer == "sgd" else "adagrad"
@@ -79,9 +81,11 @@ def ours(spec: Spec) -> Training:
     with initialize_config_dir(str(train.CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", [*choices, "hydra.sweep.dir=none"]), resolve=True)
     native.load(config["native"])
+    if config["precision"] == "tf32":
+        torch.set_float32_matmul_precision("high")  # as the trainer does around its steps
     settings = train.trainer_settings(config)
     chosen = train.Backends(config, list(cardinalities)).choose(cardinalities)
-    bags = EmbeddingBags(chosen, cardinalities, pooling=config["pooling"], seed=0)
+    bags = shapes.bags_on(spec.device, chosen, cardinalities)
     model = train.build("model", config["model"])(bags, NUM_DENSE).to(spec.device)
     linear.use(model, linear.choose(config["linear"], device=config["device"], precision=config["precision"]))
     make_dense, make_embedding = train.optimizers(config["optimizer"], config["device"])
@@ -120,7 +124,8 @@ def ours(spec: Spec) -> Training:
 
 class Plain(nn.Module):
     """The model in torch's own operations, those of facebookresearch/dlrm: an nn.EmbeddingBag per feature with sparse
-    gradients, bmm and the lower triangle by index for the interaction. compiles: torch.compile makes the dense part."""
+    gradients, bmm and the lower triangle by index for the interaction. compiles: torch.compile makes the dense part,
+    for each batch size."""
 
     def __init__(self, rows: list[int], device: str, *, compiles: bool):
         super().__init__()
@@ -129,7 +134,7 @@ class Plain(nn.Module):
         num_vectors = len(rows) + 1
         self.top = layers([num_vectors * (num_vectors - 1) // 2 + DIM, *TOP], nn.Identity(), device)
         self.pairs = torch.tril_indices(num_vectors, num_vectors, -1, device=device)
-        self.rest = torch.compile(self._rest) if compiles else self._rest
+        self.rest = torch.compile(self._rest, fullgraph=True, dynamic=False) if compiles else self._rest
 
     def forward(self, dense: Tensor, ids: list[Tensor], offsets: Tensor) -> Tensor:
         """Logits [B]. ids: [B] of each feature; offsets: [B]."""
@@ -149,7 +154,11 @@ def layers(widths: list[int], last: nn.Module, device: str) -> nn.Sequential:
 
 
 def plain(spec: Spec) -> Training:
-    """The same model as anybody would write it in torch; the embeddings' optimizer is torch's SGD or Adagrad."""
+    """The same model as anybody would write it in torch; the embeddings' optimizer is torch's SGD or Adagrad. By its
+    name the dense part is fp32, tf32, or under autocast to bf16."""
+    if "tf32" in spec.name:
+        torch.set_float32_matmul_precision("high")
+    autocast = functools.partial(torch.autocast, spec.device, torch.bfloat16, enabled="bf16" in spec.name)
     model = Plain(spec.rows, spec.device, compiles="compiled" in spec.name)
     make = torch.optim.SGD if spec.optimizer == "sgd" else functools.partial(torch.optim.Adagrad, eps=peers.EPS)
     embeddings = make(model.bags.parameters(), lr=peers.RATE)
@@ -162,7 +171,9 @@ def plain(spec: Spec) -> Training:
 
     def step(batch: tuple) -> None:
         *inputs, labels = batch
-        loss = nn.functional.binary_cross_entropy_with_logits(model(*inputs), labels)
+        with autocast():
+            logits = model(*inputs)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -256,12 +267,13 @@ MAKERS: dict[str, Callable[[Spec], Training]] = {
 }
 
 
-def make_samples(rows: list[int], batch_size: int, generator: np.random.Generator) -> Samples:
-    """Uniform ids: few of a batch's rows are in a cache."""
-    ids = generator.integers(np.array(rows)[:, None], size=(len(rows), batch_size))
-    dense = generator.random((batch_size, NUM_DENSE), dtype=np.float32)
-    labels = (generator.random(batch_size) < 0.25).astype(np.float32)
-    return Samples(*map(torch.from_numpy, (dense, ids, labels)))
+def make_samples(rows: list[int], batch_size: int, generator: torch.Generator) -> Samples:
+    """On the generator's device. Uniform ids: few of a batch's rows are in a cache."""
+    how = {"generator": generator, "device": generator.device}
+    sizes = torch.tensor(rows, device=generator.device)[:, None]
+    ids = (torch.rand(len(rows), batch_size, dtype=torch.float64, **how) * sizes).long()
+    labels = (torch.rand(batch_size, **how) < 0.25).float()
+    return Samples(torch.rand(batch_size, NUM_DENSE, **how), ids, labels)
 
 
 def commands() -> Iterator[dict]:
@@ -276,16 +288,25 @@ def main() -> None:
     spec, kind = Spec(**given["spec"]), given["kind"]
     torch.manual_seed(0)
     np.random.seed(0)
-    generator = np.random.default_rng(0)
+    generator = torch.Generator(spec.device).manual_seed(0)
     memory.keep_heap()
     _, ready, step, is_fused = MAKERS[kind](spec)
     gc.collect()
     memory.reset_peak(spec.device)
     print(json.dumps({"fused": is_fused}), file=answers, flush=True)
+
+    @functools.cache
+    def stream(batch_size: int) -> Iterator[object]:
+        """Fresh batches; on a GPU some in turn, which read more rows than its cache holds."""
+        fresh = (ready(make_samples(spec.rows, batch_size, generator)) for _ in itertools.count())
+        if spec.device == "cpu":
+            return fresh
+        return itertools.cycle(list(itertools.islice(fresh, max(8, SAMPLES // batch_size))))
+
     for command in commands():
         batch_size = command["batch_size"]
         num_steps = command["steps"] + (WARM_UP if spec.device == "cpu" else WARM_UP_ON_GPU)
-        batches = (ready(make_samples(spec.rows, batch_size, generator)) for _ in range(num_steps))
+        batches = itertools.islice(stream(batch_size), num_steps)
         seconds = on_cpu(step, batches) if spec.device == "cpu" else on_gpu(step, list(batches), spec.device)
         answer = {"seconds": seconds, "peak_bytes": memory.peak_bytes(spec.device)}
         print(json.dumps(answer), file=answers, flush=True)

@@ -170,6 +170,31 @@ def test_each_competitor_steps_in_a_process_of_its_own(recorded, monkeypatch, pe
 
 
 @once
+def test_a_competitor_that_cannot_be_built_is_left_out(recorded, monkeypatch):
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(step, "KAGGLE", [40, 3])
+    monkeypatch.setitem(step.OURS, "misspelt", ["precison=fp32"])
+    found = recorded(step, "--optimizers", "sgd", "--batches", "2", "--ours", "ours,misspelt")
+    assert [row["name"] for row in found["rows"]] == ["ours"]
+    assert "precison" in found["left_out"]["sgd"]["misspelt"]
+
+
+@once
+def test_the_plain_model_in_bf16_is_that_of_fp32_rounded():
+    samples = step_worker.make_samples([40, 3], 6, torch.Generator().manual_seed(0))
+    weights = []
+    for name in ("plain torch", "plain torch bf16"):
+        torch.manual_seed(0)
+        training = step_worker.plain(step_worker.Spec(name, "sgd", [40, 3], [], "", "cpu"))
+        for _ in range(3):
+            training.step(training.ready(samples))
+        weights.append([parameter.detach() for parameter in training.model.parameters()])
+    assert not all(a.equal(b) for a, b in zip(*weights, strict=True))
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
+@once
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_the_plain_model_is_ours_in_torchs_own_operations(monkeypatch, optimizer):
     rates = [f"optimizer.{part}.lr={peers.RATE}" for part in ("dense", "embedding")]
@@ -179,7 +204,7 @@ def test_the_plain_model_is_ours_in_torchs_own_operations(monkeypatch, optimizer
     spec = step_worker.Spec("plain torch", optimizer, [40, 3], rates, "", "cpu")
     torch.manual_seed(0)
     ours, plain = step_worker.ours(spec), step_worker.plain(spec)
-    samples = step_worker.make_samples(spec.rows, 6, np.random.default_rng(0))
+    samples = step_worker.make_samples(spec.rows, 6, torch.Generator().manual_seed(0))
     models = [training.model for training in (ours, plain)]
     for mine, theirs in zip(
         [*models[0].bottom.parameters(), *models[0].top.parameters(), *models[0].head.parameters()],
