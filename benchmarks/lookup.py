@@ -46,7 +46,7 @@ OPTIMIZERS = {
 WORKS = ("forward", "forward+backward", *OPTIMIZERS)
 COPIES = {"adagrad": 2, "adam": 3}  # of a table, its optimizer's state included
 MOST_BYTES = 7 << 30  # of all competitors' tables
-MOST_NUMBERS = 1 << 27  # of a batch's vectors, for each competitor
+MOST_NUMBERS = 1 << 27  # of a batch's vectors, for each competitor; on a GPU twice as many
 MOST_IDS = 1 << 22
 DENSE_BYTES = 1 << 26  # above, a dense gradient takes longer than any cell is worth
 MakePeer = Callable[[Tensor | None], "Contender"]
@@ -156,10 +156,11 @@ def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str,
 
 def cells(rows: list[int], dim: int, options) -> list[tuple[str, int, int]]:
     """Law, bag and batch size of every cell whose batch is not too large."""
+    most = MOST_NUMBERS << (options.device != "cpu")
     return [
         (law, bag, batch_size)
         for law, bag, batch_size in product(options.laws, options.bags, options.batches)
-        if len(rows) * batch_size * bag <= MOST_IDS and len(rows) * batch_size * dim <= MOST_NUMBERS
+        if len(rows) * batch_size * bag <= MOST_IDS and len(rows) * batch_size * dim <= most
     ]
 
 

@@ -1,8 +1,13 @@
 """benchmarks/: every module runs its smallest cell, says what was measured, and README says what was recorded."""
 
+import ast
 import importlib.util
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -225,6 +230,73 @@ def test_the_plain_model_is_ours_in_torchs_own_operations(monkeypatch, optimizer
     weights[1] += [bag.weight for bag in models[1].bags]
     for mine, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def make_gpu(tmp_path):
+    """A function: runs gpu.sh with a stand-in for Python, which does as `cases` say or succeeds, and returns its status
+    and its output; results go to tmp_path."""
+
+    def run(cases: str, **variables: str) -> tuple[int, str]:
+        programs = {"python": f'case "$*" in {cases} *) echo "ran $*" ;; esac', "nvidia-smi": "echo $GPUS"}
+        for name, lines in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+            (tmp_path / name).chmod(0o755)
+        places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)}
+        environment = os.environ | places | {"GPUS": "GPU 0: H100"} | variables
+        command = ["bash", measure.RESULTS.parent / "gpu.sh"]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.returncode, done.stdout
+
+    return run
+
+
+@once
+def test_make_gpu_goes_on_after_stages_that_fail_or_hang_and_lists_them(make_gpu, tmp_path):
+    cases = "*'-n 8'*) echo 'FAILED tests/a.py::b - no'; exit 1 ;; *.roof*) exec sleep 60 ;;"
+    status, output = make_gpu(cases, GPU_SECONDS="4")
+    outcomes = dict(re.findall(r"^  (\S+) +\d+ s  (.+)$", output, re.MULTILINE))
+    assert status == 1
+    assert (outcomes["build"], outcomes["cuda-tests"], outcomes["roof"]) == ("ok", "failed", "timed out")
+    assert outcomes["growth"] == "no time left"
+    assert "\nFAILED tests/a.py::b - no\n" in output and "benchmarks.table" in output
+    assert "FAILED tests/a.py::b - no" in (tmp_path / "gpu.log").read_text()
+    assert not any(name in output for name in ("unbound", "syntax"))
+
+
+@once
+def test_make_gpu_ends_at_once_without_torchs_gpu_or_with_a_failed_build(make_gpu):
+    status, output = make_gpu("*is_available*) exit 1 ;;")
+    assert status == 1 and "nvidia-smi lists a GPU" in output and "compile_cuda" not in output
+    status, output = make_gpu("*is_available*) exit 1 ;;", GPUS="")
+    assert status == 0 and "compile_cuda" in output and "no GPU here" in output
+    status, output = make_gpu("*native.load*) echo the words of the compiler; exit 1 ;;")
+    assert status == 1 and "the words of the compiler" in output and "cuda-tests" not in output
+
+
+@once
+def test_make_gpu_names_all_that_is_missing_before_it_builds(make_gpu, tmp_path):
+    for name in ("duckdb", "tqdm"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('gone')")
+    status, output = make_gpu(f"-) exec {sys.executable} - ;;", PYTHONPATH=str(tmp_path))
+    assert status == 1 and "duckdb (gone), tqdm (gone)" in output and "native.load" not in output
+
+
+@once
+def test_make_gpu_looks_for_all_that_is_imported():
+    root = measure.RESULTS.parents[1]
+    sources = [
+        path for part in ("dlrm", "data", "embeddings", "benchmarks", "tests") for path in (root / part).rglob("*.py")
+    ]
+    imported = set()
+    for path in [root / "train.py", *sources]:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0] for name in names}
+    ours = {path.stem for path in sources} | {path.name for path in root.iterdir()} | {"train"}
+    looked_for = re.search(r'modules = """(.*?)"""', (root / "benchmarks/gpu.sh").read_text(), re.DOTALL)[1].split()
+    assert imported - ours - sys.stdlib_module_names - {"triton", "torchrec"} <= set(looked_for)
 
 
 @once
