@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # make gpu: everything that needs an NVIDIA GPU, in one command of less than ten minutes; what matters most comes first.
 # $OUT if set, else benchmarks/results/, gets gpu.log, of all stages, and a JSON of each benchmark, written as it goes.
-# Without a GPU it compiles the CUDA sources and stops there, saying so. PYTHON picks the interpreter; no network is used.
+# Without a GPU it compiles the CUDA sources and stops there, saying so. PYTHON picks the interpreter, GPU_SECONDS the
+# time for all stages; no network is used.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}

@@ -136,7 +136,10 @@ def theirs(rows: list[int], dim: int, work: str, device: str) -> Iterator[tuple[
 def contenders(rows: list[int], dim: int, work: str, options) -> tuple[dict[str, Contender], dict[str, str]]:
     """All that can be made by name, and why others are left out."""
     left_out: dict[str, str] = {}
-    made = {name: ours(make_bags(backends(dim)[name], rows, options.device), work) for name in options.backends}
+    made: dict[str, Contender] = {}
+    for name in options.backends:
+        with noted(left_out, name):
+            made[name] = ours(make_bags(backends(dim)[name], rows, options.device), work)
     table = sum(rows) * dim * 4
     copies = COPIES.get(work, 1)
     held = table * copies

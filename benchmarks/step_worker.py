@@ -158,7 +158,9 @@ def plain(spec: Spec) -> Training:
     name the dense part is fp32, tf32, or under autocast to bf16."""
     if "tf32" in spec.name:
         torch.set_float32_matmul_precision("high")
-    autocast = functools.partial(torch.autocast, spec.device, torch.bfloat16, enabled="bf16" in spec.name)
+    autocast = functools.partial(
+        torch.autocast, torch.device(spec.device).type, torch.bfloat16, enabled="bf16" in spec.name
+    )
     model = Plain(spec.rows, spec.device, compiles="compiled" in spec.name)
     make = torch.optim.SGD if spec.optimizer == "sgd" else functools.partial(torch.optim.Adagrad, eps=peers.EPS)
     embeddings = make(model.bags.parameters(), lr=peers.RATE)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -112,6 +113,44 @@ def test_a_share_is_of_the_fastest_roof_of_its_kind():
     assert [row["of_copy"] for row in (copy, fast, forward, fused)] == [1, 0.5, 0.25, 0.125]
     assert [row.get("of_rows") for row in (copy, slow, fast, forward, fused)] == [None, 0.5, 1, 0.5, None]
     assert [row["predicted_us"] for row in (forward, fused)] == [25, 100]  # 100 bytes at 4 MB/s; 50 launches
+
+
+@once
+def test_on_a_gpu_graphs_are_timed_by_events_and_what_cannot_be_captured_is_left_out(monkeypatch):
+    class Graphs:  # a device that is none of "cpu" stands for a GPU
+        def __init__(self, device):
+            self.captures = 0
+
+        def warm_up(self, run):
+            run()
+
+        def capture(self, run):
+            self.captures += 1
+            if self.captures == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return run
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.ms = time.perf_counter() * 1e3
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.ms - self.ms
+
+    monkeypatch.setattr(roof, "CudaGraphs", Graphs)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    options = roof.parse(["--device", "cpu:0", "--backends", "dense", "--mebibytes", "1", "--rounds", "2"])
+    found = {(row["backend"], row["kernel"]): row for row in roof.measure([4000, 3], 16, 3, options)}
+    assert "not permitted" in found["torch", "gather"]["error"] and "of_rows" not in found["dense", "forward"]
+    captured = {kernel for (backend, kernel), row in found.items() if row.get("captured") and backend == "dense"}
+    assert captured == {"forward", *(f"fused {name}" for name in roof.OPTIMIZERS)}
 
 
 @once
