@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors files, a JSON manifest with their SHA-256, and its own. No pickle; no table is held twice.
+"""Checkpoints: safetensors files, a JSON manifest with their SHA-256, and its own. No pickle.
 
+Tensors are written from where they lie and read into where they belong, so that on the CPU no table is held twice.
 A checkpoint is a folder `<run>/checkpoints/step_000001000`, which appears by one rename once it is whole on the disk.
-Beside them `best` holds weights alone (`dlrm.best`). `dlrm.checkpoints` has a run write them while it goes on.
+Beside them `best` holds weights alone (`dlrm.best`). `dlrm.checkpoints` writes them beside training, from a copy.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""A run's checkpoints: written beside training by a thread; the newest stay, older ones go once a new one is whole."""
+"""A run's checkpoints: written beside training by a thread, from a copy, or while the caller waits, with none.
+
+The newest stay, older ones go once a new one is whole.
+"""
 
 import threading
 from dataclasses import dataclass
@@ -47,8 +50,9 @@ class Checkpoints:
         self._copies: dict[tuple[str, str], Tensor] = {}  # of the last snapshot: their memory is used again
         self._is_asynchronous: bool | None = None
 
-    def save(self, counters: dict) -> None:
-        """Begins to write one of the weights as they are now, after the one before is written, and returns.
+    def begin(self, counters: dict) -> None:
+        """Begins to write one of the weights as they are now, after the one before is written, and returns; without
+        room for a copy, once it is written.
 
         Raises, here or in the next call or in `wait`, OSError when it cannot be written (those before stay), and
         FloatingPointError for a NaN or an infinity, which is not written."""
@@ -61,8 +65,14 @@ class Checkpoints:
         else:
             self._write(contents, counters)
 
+    def save(self, counters: dict) -> None:
+        """Writes one from where the weights are, no copy made, and returns once it is on the disk. Raises as `begin`,
+        what stopped the one before too."""
+        self.wait()
+        self._write(checkpoint.contents(self._model, self._optimizers), counters)
+
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises what stopped the last one, once; see `save`."""
+        """Returns when nothing is being written. Raises what stopped the last one, once; see `begin`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -388,7 +388,7 @@ class Trainer:
 
     def _save_meanwhile(self) -> None:
         """Begins a checkpoint; one that cannot be written is said, and the next one tried."""
-        for begin in (self.checkpoints.wait, lambda: self.checkpoints.save(self._counters())):
+        for begin in (self.checkpoints.wait, lambda: self.checkpoints.begin(self._counters())):
             try:
                 begin()
             except OSError as error:
@@ -403,26 +403,22 @@ class Trainer:
                 self.checkpoints.wait()
             except OSError as error:
                 self._say(f"a checkpoint could not be written: {error}")
+            finally:
+                self.checkpoints.release()
             counters = self._counters()
             try:
-                self._save_and_wait(counters)
+                self.checkpoints.save(counters)
             except OSError:
                 if self.best is None or not self.best.give_way():
                     raise
                 self._say("no room for the checkpoint beside the best weights: they are removed")
-                self._save_and_wait(counters)
+                self.checkpoints.save(counters)
         except OSError as error:
             self._say(NOT_SAVED.format(error=error))
             return {"checkpoint_error": str(error)}
-        finally:
-            self.checkpoints.release()
         path = self.checkpoints.last
         files = [file.stat().st_size for file in path.iterdir()]
         return {"checkpoint": str(path), "checkpoint_bytes": sum(files)}
-
-    def _save_and_wait(self, counters: dict) -> None:
-        self.checkpoints.save(counters)
-        self.checkpoints.wait()
 
     def _facts(self) -> dict:
         """What summary.json says beside the tags, as of now."""

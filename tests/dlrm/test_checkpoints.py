@@ -30,7 +30,7 @@ def test_the_newest_stay_and_load_gives_back_what_was_saved(tmp_path, asynchrono
     for step in (1, 2, 3, 10):
         with torch.no_grad():
             parts[0]["table"].weight.fill_(step)
-        checkpoints.save(COUNTERS | {"step": step})
+        checkpoints.begin(COUNTERS | {"step": step})
     checkpoints.wait()
     assert names(tmp_path) == ["step_000000003", "step_000000010"] and checkpoints.last == tmp_path / "step_000000010"
     other = make_parts(2)
@@ -44,7 +44,7 @@ def test_training_goes_on_while_one_is_written_and_is_not_in_it(tmp_path, monkey
     monkeypatch.setattr(checkpoint, "write", lambda *given: (may_write.wait(10), write(*given))[1])
     checkpoints = make(tmp_path, parts)
     before = {key: tensor.clone() for key, tensor in flat(*parts).items()}
-    checkpoints.save(COUNTERS)  # returns, though nothing can be written yet
+    checkpoints.begin(COUNTERS)  # returns, though nothing can be written yet
     with torch.no_grad():
         for tensor in parts[0].state_dict().values():
             tensor.zero_()
@@ -54,6 +54,19 @@ def test_training_goes_on_while_one_is_written_and_is_not_in_it(tmp_path, monkey
     other = make_parts(2)
     checkpoint.load(tmp_path, *other)
     assert_equal(flat(*other), before)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True, "auto"])
+def test_a_save_that_waits_writes_the_weights_where_they_are(tmp_path, monkeypatch, asynchronous):
+    parts, written = make_parts(1), []
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *given: (written.append(given[1]), write(*given))[1])
+    checkpoints = make(tmp_path, parts, asynchronous=asynchronous)
+    checkpoints.save(COUNTERS | {"step": 1})
+    assert checkpoints.last == tmp_path / "step_000000001" and names(tmp_path) == ["step_000000001"]
+    mine = checkpoint.contents(*parts)
+    for file, tensors in mine.files.items():
+        assert all(written[0].files[file][key].data_ptr() == tensor.data_ptr() for key, tensor in tensors.items())
 
 
 def test_the_best_weights_are_saved_while_a_checkpoint_is_written(tmp_path, monkeypatch):
@@ -70,7 +83,7 @@ def test_the_best_weights_are_saved_while_a_checkpoint_is_written(tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "_write_tensors", pause)
     checkpoints = make(tmp_path, parts)
-    checkpoints.save(COUNTERS | {"step": 1})
+    checkpoints.begin(COUNTERS | {"step": 1})
     assert is_written.wait(10)
     for _ in range(2):  # the second replaces the first
         checkpoint.save_weights(tmp_path / "best", parts[0], {"step": 1})
@@ -85,15 +98,15 @@ def test_the_best_weights_are_saved_while_a_checkpoint_is_written(tmp_path, monk
 def test_what_cannot_be_written_is_raised_once_and_the_others_stay(tmp_path, monkeypatch, asynchronous):
     parts = make_parts(1)
     checkpoints = make(tmp_path, parts, asynchronous=asynchronous)
-    checkpoints.save(COUNTERS | {"step": 1})
+    checkpoints.begin(COUNTERS | {"step": 1})
     checkpoints.wait()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
         with pytest.raises(OSError, match="needs [0-9,]+ bytes, the disk has 10 free"):
-            checkpoints.save(COUNTERS | {"step": 2})
+            checkpoints.begin(COUNTERS | {"step": 2})
             checkpoints.wait()
     assert names(tmp_path) == ["step_000000001"]
-    checkpoints.save(COUNTERS | {"step": 3})
+    checkpoints.begin(COUNTERS | {"step": 3})
     checkpoints.wait()
     assert names(tmp_path) == ["step_000000001", "step_000000003"]
 
@@ -103,18 +116,18 @@ def test_what_cannot_be_written_is_raised_once_and_the_others_stay(tmp_path, mon
 def test_weights_that_are_not_finite_are_not_written(tmp_path, asynchronous, value):
     parts = make_parts(1)
     checkpoints = make(tmp_path, parts, asynchronous=asynchronous)
-    checkpoints.save(COUNTERS | {"step": 1})
+    checkpoints.begin(COUNTERS | {"step": 1})
     checkpoints.wait()
     parts[0]["table"].weight.data[3, 1] = value
     with pytest.raises(FloatingPointError, match="step 2: model tensor 'table.weight' has a NaN or an infinity"):
-        checkpoints.save(COUNTERS | {"step": 2})
+        checkpoints.begin(COUNTERS | {"step": 2})
         checkpoints.wait()
     assert names(tmp_path) == ["step_000000001"]
 
 
 def test_an_older_one_goes_only_when_the_new_one_is_whole_on_the_disk(tmp_path, monkeypatch):
     checkpoints = make(tmp_path, make_parts(1), keep=1, asynchronous=False)
-    checkpoints.save(COUNTERS | {"step": 1})
+    checkpoints.begin(COUNTERS | {"step": 1})
 
     def torn(path, tensors):
         digest = write_tensors(path, tensors)
@@ -124,7 +137,7 @@ def test_an_older_one_goes_only_when_the_new_one_is_whole_on_the_disk(tmp_path, 
     write_tensors = checkpoint._write_tensors
     monkeypatch.setattr(checkpoint, "_write_tensors", torn)
     with pytest.raises(checkpoint.Damaged, match="step_000000002: .* is damaged"):
-        checkpoints.save(COUNTERS | {"step": 2})
+        checkpoints.begin(COUNTERS | {"step": 2})
     assert names(tmp_path) == ["step_000000001", "step_000000002"]
     assert checkpoint.newest_whole(tmp_path).name == "step_000000001"
 
@@ -133,7 +146,7 @@ def test_without_room_for_a_copy_training_waits_and_is_told_so(tmp_path, monkeyp
     monkeypatch.setattr("dlrm.checkpoints.available_bytes", lambda: 100)
     checkpoints = make(tmp_path, make_parts(1), asynchronous="auto")
     for step in (1, 2):
-        checkpoints.save(COUNTERS | {"step": step})
+        checkpoints.begin(COUNTERS | {"step": step})
         assert names(tmp_path)[-1] == f"step_{step:09d}"  # without a wait
     assert capsys.readouterr().out.count("checkpoint.asynchronous=auto: a copy takes") == 1
 

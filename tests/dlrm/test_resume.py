@@ -131,6 +131,25 @@ def test_a_signal_at_any_step_saves_and_ends_and_the_run_goes_on(start):
         assert_ended_alike(second, whole)
 
 
+@pytest.mark.parametrize("ends_at", [None, 7])
+def test_only_a_checkpoint_beside_training_is_of_a_copy(start, monkeypatch, ends_at):
+    trainer = start("run", checkpoint=CheckpointSettings(every=3, keep=99, asynchronous=True))
+    if ends_at is not None:
+        send_after(trainer, ends_at, signal.SIGTERM)
+    copied, write = {}, checkpoint.write
+
+    def note(path, contents, counters):
+        theirs = [parameter.data_ptr() for parameter in trainer.model.parameters()]
+        copied[counters["step"]] = not any(t.data_ptr() in theirs for t in contents.files["model"].values())
+        return write(path, contents, counters)
+
+    monkeypatch.setattr(checkpoint, "write", note)
+    trainer.train()
+    last = ends_at or trainer.num_steps
+    assert copied == {step: True for step in range(3, last, 3)} | {last: False}
+    assert not trainer.checkpoints._copies  # their memory went before the last one was written
+
+
 def test_a_signal_in_an_evaluation_leaves_it_due(start):
     whole = start("whole")
     whole.train()
