@@ -273,6 +273,7 @@ def train(config: dict, folder: Path) -> dict:
         if settings.average_from is not None:
             backends.refuse_16_bits(f"trainer.average_from={settings.average_from}: the mean would be rounded away")
         make_dense, make_embedding = optimizers(config["optimizer"], config["device"])
+        backends.refuse_auto(make_embedding([torch.zeros(1, 1)]))
         make_model = build("model", config["model"])
         make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
         start = find_start(config, folder, dataset.fingerprint)
@@ -352,10 +353,25 @@ class Backends:
 
     def refuse_16_bits(self, why: str) -> None:
         """Raises ConfigError, naming the key, where a backend keeps weights in 16 bits."""
-        nodes = {"embedding": self.default} | {f"features.{name}": own for name, own in self.named.items()}
-        for key, own in nodes.items():
+        for key, own in self._by_key().items():
             if own.precision != "fp32":
                 raise ConfigError(f"{why} with {key}.precision={own.precision}; it needs fp32")
+
+    def refuse_auto(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ConfigError, naming the key, where what accumulate=auto picks would change the optimizer's result."""
+        if optimizer.moves_untouched:
+            decay, kind = optimizer.param_groups[0]["weight_decay"], type(optimizer).__name__
+            under = f"{kind} with weight_decay={decay}" if decay else kind
+            for key, own in self._by_key().items():
+                if own.accumulate == "auto":
+                    raise ConfigError(
+                        f"{key}.accumulate=auto: under {under} its pick changes the result (untouched slots move under "
+                        f"a dense gradient only); use accumulate=rows or sorted"
+                    )
+
+    def _by_key(self) -> dict[str, Backend]:
+        """The backends that the configuration names, by the key that does."""
+        return {"embedding": self.default} | {f"features.{name}": own for name, own in self.named.items()}
 
     def stand_in(self, feature_names: list[str], config: dict) -> EmbeddingBags:
         """Embeddings of one row per feature, for the model's constructor to judge its own configuration by."""
@@ -452,11 +468,6 @@ def check_root(config: dict) -> None:
     accumulate = [node.get("accumulate") for node in nodes]
     if config["deterministic"] and "atomic" in accumulate:
         raise ConfigError("deterministic=true: accumulate=atomic does not repeat; use accumulate=rows or sorted")
-    if "auto" in accumulate and config["optimizer"]["embedding"]["_target_"].endswith(".Adam"):
-        raise ConfigError(
-            "accumulate=auto: under optimizer/embedding=adam its pick changes the result (untouched slots move under a "
-            "dense gradient only); use accumulate=rows or sorted"
-        )
 
 
 def print_plan(dataset, bags: EmbeddingBags, needed: Needs) -> None:

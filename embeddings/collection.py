@@ -97,7 +97,7 @@ class EmbeddingBags(nn.Module):
 
     def fuses_exactly(self, optimizer: Optimizer) -> bool:
         """Whether fused steps have the effect of the gradients that the backends ask for (`accumulate`)."""
-        return not optimizer.is_lazy or all(slab.backend.accumulate == "rows" for slab in self.slabs)
+        return not optimizer.moves_untouched or all(slab.backend.accumulate == "rows" for slab in self.slabs)
 
     def fuse(self, optimizer: Optimizer) -> None:
         """Have an optimizer of `embeddings.optim` step in the backward pass: no gradient is made, and its `step` has

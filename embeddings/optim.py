@@ -69,7 +69,7 @@ class _Rows(Optimizer):
                     self.state[param][name] = value.to(param.device, accumulator(param.dtype), copy=True)
 
     @property
-    def is_lazy(self) -> bool:
+    def moves_untouched(self) -> bool:
         """Whether a dense gradient also moves slots where it is zero, which rows and fused steps do not touch."""
         decays = any(group.get("weight_decay", 0) for group in self.param_groups)
         return decays or self.rule == Rule.ADAM

@@ -507,7 +507,18 @@ REFUSED = [
     (["embedding=hashed", "embedding.accumulate=row"], ["accumulate='row'", "rows"]),
     (["embedding=hashed", "embedding.accumulate=atomic", "deterministic=true"], ["atomic", "rows or sorted"]),
     (["embedding=fast", "deterministic=true"], ["atomic", "rows or sorted"]),
-    (["embedding=bloom", "embedding.accumulate=auto", "optimizer/embedding=adam"], ["auto", "adam", "rows or sorted"]),
+    (
+        ["embedding=bloom", "embedding.accumulate=auto", "optimizer/embedding=adam"],
+        ["embedding.accumulate=auto", "Adam"],
+    ),
+    (
+        ["embedding=bloom", "embedding.accumulate=auto", "optimizer.embedding.weight_decay=0.5"],
+        ["embedding.accumulate=auto", "RowWiseAdagrad with weight_decay=0.5", "rows or sorted"],
+    ),
+    (
+        ["+features.C3.accumulate=auto", "optimizer/embedding=sgd", "optimizer.embedding.weight_decay=1"],
+        ["features.C3.accumulate=auto", "SGD with weight_decay=1", "rows or sorted"],
+    ),
     (["embedding=bloom", "embedding.num_hashes=0"], ["num_hashes=0", "1 to 32"]),
     (["embedding=bloom", "embedding.hash=murmur"], ["hash='murmur'", "mixed, murmur3"]),
     (["embedding=bloom", "embedding.combine=learned", "embedding.importance=1"], ["importance=1"]),
