@@ -8,6 +8,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 
 # Before torch starts its threads: a waiting thread sleeps instead of spinning. On an idle machine that costs little;
@@ -25,7 +26,9 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
@@ -84,13 +87,23 @@ def sweep(name: str, given: list[str]) -> int:
     from dlrm.sweep_report import report  # only here: it imports what training does not need
 
     folder = jobs.sweep_folder(name, given)
-    grids, num_jobs = jobs.grids(name, given)
+    grids = jobs.grids(name, given)
+    num_jobs = sum(map(count_jobs, grids))
     print(f"sweep {name}: {num_jobs} jobs in {folder}; the same command again runs only those without a result")
     jobs.announce(folder, num_jobs)
     status = 0
     for line in grids:
         status |= launch(line, folder)
     return status | report(folder) if any(folder.glob("*/.hydra")) else status
+
+
+def count_jobs(given: list[str]) -> int:
+    """How many jobs hydra makes of a command line, by its own reading of it. Raises HydraException as it would."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        overrides = parser.parse_overrides([word for word in given if "=" in word and not word.startswith("-")])
+    last = {override.get_key_element(): override for override in overrides}
+    return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in last.values() if o.is_sweep_override())
 
 
 def is_multirun(given: list[str]) -> bool:

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Iterator
 from itertools import count
-from math import prod
 from pathlib import Path
 
 import yaml
@@ -17,8 +16,8 @@ from dlrm.log import write_json
 from dlrm.refusals import CONF, ConfigError, near, some
 
 
-def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
-    """The command lines, one per grid of conf/sweep/<name>.yaml, and how many jobs they are.
+def grids(name: str, given: list[str]) -> list[list[str]]:
+    """The command lines, one per grid of conf/sweep/<name>.yaml.
 
     given: the user's command line, which replaces a grid's keys of the same name. Raises ConfigError for a wrong name.
     """
@@ -27,14 +26,12 @@ def grids(name: str, given: list[str]) -> tuple[list[list[str]], int]:
         allowed = sorted(path.stem for path in file.parent.glob("*.yaml"))
         raise ConfigError(f"sweep={name}: must be one of {some(allowed)}" + near(name, allowed))
     taken = {key_of(argument) for argument in given}
-    lines, num_jobs = [], 0
+    lines = []
     for grid in yaml.safe_load(file.read_text())["grids"]:
-        own = {key: str(value) for key, value in grid.items() if key not in taken}
-        if (line := [*given, *(f"{key}={value}" for key, value in own.items())]) not in lines:
+        line = [*given, *(f"{key}={value}" for key, value in grid.items() if key not in taken)]
+        if line not in lines:
             lines.append(line)
-            values = [re.sub(r"\$\{[^}]*\}", "", v) for v in (*own.values(), *(a.partition("=")[2] for a in given))]
-            num_jobs += prod(len(value.split(",")) for value in values if not re.search(r"[\[{(]", value))
-    return lines, num_jobs
+    return lines
 
 
 def sweep_folder(name: str, given: list[str]) -> Path:

@@ -663,6 +663,22 @@ def results(folder: Path) -> list[dict]:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "name, more, num_jobs",
+    [
+        ("pareto", [], 5 * 4 * 3 + 3 + 4 * 3),  # 5 methods at 4 ratios of 3 seeds beside two baselines
+        ("pareto", ["seed=7", "data.cardinalities=[50,20]"], 5 * 4 + 1 + 4),
+        ("pareto", ["seed=range(0,4)"], 4 * (5 * 4 + 1 + 4)),
+        ("pareto", ["seed=0", "optimizer=choice(sgd,adam)", "model=glob(d*n_v2)"], 2 * (5 * 4 + 1 + 4)),
+        ("papers", [], 54),  # block=1,${model.embedding_dim} is two of them
+    ],
+)
+def test_the_jobs_of_a_named_sweep_are_counted_as_hydra_makes_them(name, more, num_jobs):
+    lines = jobs.grids(name, ["-m", f"sweep={name}", *more])
+    assert sum(map(train.count_jobs, lines)) == num_jobs
+
+
+@pytest.mark.once
 def test_a_named_sweep_runs_its_grids_reports_and_runs_again_only_what_is_missing(cli, tmp_path):
     status, out, err = cli(*THREE, "compression=0.5")
     assert status == 0, err

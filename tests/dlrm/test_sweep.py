@@ -183,21 +183,13 @@ def test_one_run_alone_is_reported_without_an_interval(tmp_path):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_has_dense_and_the_frequency_cut_off(name):
-    lines, num_jobs = jobs.grids(name, ["-m", f"sweep={name}"])
+    lines = jobs.grids(name, ["-m", f"sweep={name}"])
     assert any("embedding=dense" in line and not any("min_count" in word for word in line) for line in lines)
     assert any(word.startswith("data.min_count=") for line in lines for word in line)
-    assert num_jobs >= 3 * len(lines)
-
-
-def test_the_pareto_sweep_is_5_methods_at_4_ratios_of_3_seeds_beside_two_baselines():
-    lines, num_jobs = jobs.grids("pareto", ["-m", "sweep=pareto"])
-    assert num_jobs == 5 * 4 * 3 + 3 + 4 * 3
-    assert jobs.grids("pareto", ["-m", "sweep=pareto", "seed=7"])[1] == 5 * 4 + 1 + 4
-    assert jobs.grids("papers", ["-m", "sweep=papers"])[1] == 54  # block=1,${model.embedding_dim} is two of them
 
 
 def test_what_the_user_says_replaces_a_grids_key():
-    lines, num_jobs = jobs.grids("pareto", ["-m", "sweep=pareto", "seed=0", "embedding=qr", "compression=0.5,0.1"])
+    lines = jobs.grids("pareto", ["-m", "sweep=pareto", "seed=0", "embedding=qr", "compression=0.5,0.1"])
     assert all([word for word in line if word.startswith("embedding=")] == ["embedding=qr"] for line in lines)
     assert all([word for word in line if word.startswith("seed=")] == ["seed=0"] for line in lines)
     assert len({tuple(line) for line in lines}) == len(lines)
