@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +60,7 @@ class RunLog:
     def write(self, step: int) -> None:
         """Records what was added since the last call as one object, of this step. No-op when nothing was.
 
-        A NaN or infinite value becomes null in JSON, with its reason beside it.
+        A NaN or infinite value becomes null in JSON, with its reason beside it: {"reason": {tag: why}}.
         """
         if not self._values:
             return
@@ -72,7 +71,7 @@ class RunLog:
         row = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         missing = {tag: reasons.get(tag, f"is {value}") for tag, value in values.items() if not math.isfinite(value)}
         if missing:
-            row["reason"] = "; ".join(f"{tag}: {reason}" for tag, reason in missing.items())
+            row["reason"] = missing
         self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
         self._jsonl.flush()
         self.num_rows += 1
@@ -133,9 +132,10 @@ class RunLog:
         self.num_rows = len(rows)
         for row in rows:
             values = {tag: value for tag, value in row.items() if tag not in ("step", "reason")}
-            parts = re.split(r"; (?=\S+/\S+: )", row.get("reason", ""))
-            why = dict(part.split(": ", 1) for part in parts if part)
-            self._remember(row["step"], values, {tag: why[tag] for tag, value in values.items() if value is None})
+            missing = row.get("reason", {})
+            if isinstance(missing, str):  # of an older version: all of them in one sentence
+                missing = {tag: missing for tag, value in values.items() if value is None}
+            self._remember(row["step"], values, missing)
         return {(row["step"], tag) for row in rows for tag in row}
 
     def _remember(self, step: int, values: dict[str, float | None], missing: dict[str, str]) -> None:

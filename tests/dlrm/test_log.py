@@ -64,11 +64,20 @@ def test_nan_becomes_null_with_its_reason_and_never_the_best(tmp_path):
     log.write(2)
     summary = log.finish({})
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
-    reason = "eval/auc: all 3 labels are 1; eval/log_loss: is inf"
-    assert row == {"step": 2, "eval/auc": None, "eval/log_loss": None, "reason": reason}
+    reasons = {"eval/auc": "all 3 labels are 1", "eval/log_loss": "is inf"}
+    assert row == {"step": 2, "eval/auc": None, "eval/log_loss": None, "reason": reasons}
     assert summary["last"] == {"eval/auc": None, "eval/log_loss": None}
-    assert summary["reasons"] == {"eval/auc": "all 3 labels are 1", "eval/log_loss": "is inf"}
+    assert summary["reasons"] == reasons
     assert summary["best"] == {"eval/auc": 0.7, "eval/log_loss": 0.5}
+
+
+@pytest.mark.parametrize("reason", [{"eval/auc": "a; b/c: d"}, "eval/auc: a; b/c: d"], ids=["", "of_an_older_version"])
+def test_a_reason_is_whole_in_the_run_that_goes_on(tmp_path, reason):
+    row = {"step": 1, "eval/auc": None, "eval/log_loss": 0.5, "reason": reason}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    summary = RunLog(tmp_path, facts={}, hparams={}, after=1).finish({})
+    assert summary["reasons"] == {"eval/auc": reason if isinstance(reason, str) else reason["eval/auc"]}
+    assert summary["last"] == {"eval/auc": None, "eval/log_loss": 0.5}
 
 
 def test_best_knows_which_way_is_better(tmp_path):
