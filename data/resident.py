@@ -9,6 +9,7 @@ from torch import Tensor
 from data.batch import Batch
 
 PIECE = 1 << 16  # samples that are loaded at once
+ORDER_BYTES = 8  # a sample's place in an epoch: of the training samples, and meanwhile of those evaluated
 
 
 class Resident:
@@ -24,10 +25,13 @@ class Resident:
         sample = dataset.take("train", np.arange(1))
         if sample.offsets is not None:
             raise ValueError("data_on_device=true: keeps samples with one id per feature, and this data's have bags")
-        needed = count * sum(field.numel() * field.element_size() for field in sample if field is not None)
+        sizes = [field.numel() * field.element_size() for field in sample if field is not None]
+        needed = count * (sum(sizes) + ORDER_BYTES)
         if self._device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(self._device)[0]):
-            raise ValueError(f"data_on_device=true: the samples take {needed:,} bytes, {device} has {free:,}")
-        print(f"data: {count:,} samples are kept on {device}: {needed / 2**20:,.1f} MiB", flush=True)
+            raise ValueError(
+                f"data_on_device=true: the samples and their order take {needed:,} bytes, {device} has {free:,}"
+            )
+        print(f"data: {count:,} samples are kept on {device}, with their order: {needed / 2**20:,.1f} MiB", flush=True)
         self._kept = {split: self._load(split, sample) for split, count in dataset.num_samples.items() if count}
 
     def __getattr__(self, name: str):

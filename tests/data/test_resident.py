@@ -72,7 +72,16 @@ def test_samples_with_bags_are_refused(table):
         Resident(dataset, "cpu")
 
 
+def test_what_is_said_to_be_needed_is_what_is_held(table, capsys):
+    dataset = synthetic(table)
+    resident = Resident(dataset, "cpu")
+    indices = [sum(len(b.labels) for b in resident.batches(split, 8)) for split in ("train", "valid", "test")]
+    assert indices == [101, 9, 20]  # of int64: each split's order, whole on the device while its batches are drawn
+    held = sum(field.numel() * field.element_size() for fields in resident._kept.values() for field in fields)
+    assert f"with their order: {(held + 8 * sum(indices)) / 2**20:,.1f} MiB" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_refused_with_bytes_needed_and_free(table, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
-    with pytest.raises(ValueError, match=r"the samples take 960 bytes, cuda has 100"):
-        Resident(from_file(table), "cuda")  # 60 samples of a dense column, two ids and a label
+    with pytest.raises(ValueError, match=r"the samples and their order take 1,440 bytes, cuda has 100"):
+        Resident(from_file(table), "cuda")  # 60 samples of a dense column, two ids, a label and an index
