@@ -39,6 +39,7 @@ def reset_peak(device: torch.device | str) -> bool:
     """
     gc.collect()
     if torch.device(device).type == "cuda":
+        torch.cuda.init()  # before it, torch knows no device to restart the peak of
         torch.cuda.reset_peak_memory_stats(device)
         return True
     with contextlib.suppress(OSError, AttributeError):

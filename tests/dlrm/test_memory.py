@@ -26,6 +26,13 @@ def test_peak_sees_what_was_freed_and_forgets_it_on_reset():
     assert memory.peak_bytes("cpu") - before < 10 * 2**20
 
 
+def test_a_gpus_peak_is_restarted_once_torch_knows_its_devices(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: called.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", called.append)
+    assert memory.reset_peak("cuda:0") and called == ["init", "cuda:0"]
+
+
 def test_format_bytes_is_in_units_of_1024_squared():
     assert [memory.format_bytes(n) for n in (0, 3 * 2**19, 25 * 2**20, 2000 * 2**20)] == [
         "0.00 MiB",
