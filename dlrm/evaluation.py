@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 def predict(model: DLRM, batch: "Batch", settings: TrainerSettings) -> tuple[Tensor, Tensor]:
-    """Logits and labels of a batch, both [B] float32 on settings.device, the dense layers in settings.precision."""
-    batch = batch._make(None if field is None else field.to(settings.device, non_blocking=True) for field in batch)
+    """Logits and labels of a batch on settings.device, both [B] float32, the dense layers in settings.precision."""
     is_bf16 = settings.precision == "bf16"
     with torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16, enabled=is_bf16):
         return model(batch.dense, batch.ids, batch.offsets), batch.labels
