@@ -149,9 +149,15 @@ class OneTable(Tables):
         if num_embeddings < 1:
             raise ValueError(f"num_embeddings={num_embeddings} must be at least 1")
         seed = draw_seed() if seed is None else seed
-        table = ({"table": value} for value in (backend, num_embeddings, slots))
-        lookups = [Lookup(type(self).__name__, "table", 0)]
-        super().__init__(Arrangement(*table, lookups, pooling=pooling_of(mode), seed=seed), weights, options)
+        arrangement = Arrangement(
+            backends={"table": backend},
+            rows={"table": num_embeddings},
+            slots={"table": slots},
+            lookups=[Lookup(type(self).__name__, "table", 0)],
+            pooling=pooling_of(mode),
+            seed=seed,
+        )
+        super().__init__(arrangement, weights, options)
         self.num_embeddings, self.embedding_dim, self.seed = num_embeddings, backend.embedding_dim, seed
 
     def extra_repr(self) -> str:

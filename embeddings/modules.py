@@ -64,13 +64,13 @@ class _Hashed(_ByHash):
         return self.hashed_weight
 
     @staticmethod
-    def _table(num_embeddings: int, backend: Hashed, weight: Tensor | None, options: Options) -> tuple:
-        """The first arguments of OneTable."""
+    def _slots(num_embeddings: int, backend: Hashed, weight: Tensor | None) -> tuple[int]:
+        """How many blocks the weights have: as many as the ratio leaves, or those of the weights given."""
         size = int(num_embeddings * backend.embedding_dim * backend.compression) if weight is None else weight.numel()
         if weight is not None and (weight.dim() != 1 or size == 0 or size % backend.block):
             wanted = f"[S], S a multiple of block={backend.block}"
             raise ValueError(f"_weight has shape {list(weight.shape)}: it must be {wanted}")
-        return backend, num_embeddings, (max(size // backend.block, 1),), weight, options
+        return (max(size // backend.block, 1),)
 
 
 class HashedEmbeddingBag(_Hashed, PerBag):
@@ -101,8 +101,17 @@ class HashedEmbeddingBag(_Hashed, PerBag):
         dtype: torch.dtype | None = None,
     ) -> None:
         backend = Hashed(embedding_dim=embedding_dim, compression=compression, hash=hash, block=block, sign=sign)
-        table = self._table(num_embeddings, backend, _weight, Options(padding_idx, sparse, device, dtype))
-        super().__init__(*table, mode=mode, include_last_offset=include_last_offset, seed=seed)
+        slots, options = self._slots(num_embeddings, backend, _weight), Options(padding_idx, sparse, device, dtype)
+        super().__init__(
+            backend,
+            num_embeddings,
+            slots,
+            _weight,
+            options,
+            mode=mode,
+            include_last_offset=include_last_offset,
+            seed=seed,
+        )
 
 
 class HashedEmbedding(_Hashed, PerId):
@@ -131,8 +140,8 @@ class HashedEmbedding(_Hashed, PerId):
         dtype: torch.dtype | None = None,
     ) -> None:
         backend = Hashed(embedding_dim=embedding_dim, compression=compression, hash=hash, block=block, sign=sign)
-        table = self._table(num_embeddings, backend, _weight, Options(padding_idx, sparse, device, dtype))
-        super().__init__(*table, seed=seed)
+        slots, options = self._slots(num_embeddings, backend, _weight), Options(padding_idx, sparse, device, dtype)
+        super().__init__(backend, num_embeddings, slots, _weight, options, seed=seed)
         self.shapes = _checked("shapes", shapes, ("torch", "upstream"))
 
     def forward(self, input: Tensor) -> Tensor:
