@@ -1,4 +1,4 @@
-"""Binary classification metrics: a mergeable stream in bounded memory, and the exact AUC where one number counts."""
+"""Binary classification metrics: a stream in bounded memory, and the exact AUC where one number counts."""
 
 import math
 
@@ -18,8 +18,7 @@ class Metrics:
 
     The AUC comes from a histogram of sigmoid(logit) in NUM_BINS equal bins, each pair within a bin counted half.
     Sigmoid in float64 keeps the order of float32 logits, so only pairs inside one bin can be wrong, and by at most a
-    half each: `auc_bound`. Counts are int64 and sums float64: merged parts equal one stream (the sums up to rounding).
-    Nothing is read back from the device before `compute`.
+    half each: `auc_bound`. Counts are int64 and sums float64. Nothing is read back from the device before `compute`.
     """
 
     def __init__(self, device: torch.device | str):
@@ -41,12 +40,6 @@ class Metrics:
         # -log(chance of the true class) as one softplus is right for logits of +-inf too, unlike x - x * y + ...
         self.sums[LOSS_SUM] += F.softplus(torch.where(is_click, -logits, logits), threshold=40).sum()
         self.sums[PREDICTION_SUM] += probabilities.sum()
-
-    def merge(self, other: "Metrics") -> None:
-        """Adds what other has seen, as if this object had seen it too."""
-        for name in ("histogram", "counts", "sums"):
-            mine = getattr(self, name)
-            mine += getattr(other, name).to(mine.device)
 
     def compute(self) -> dict[str, float]:
         """auc, auc_bound, log_loss, normalized_entropy, accuracy, calibration. NaN has its reason in `reasons`.

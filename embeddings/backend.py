@@ -71,7 +71,7 @@ class Backend:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return PRECISIONS[self.precision]
 
     @property
@@ -112,10 +112,6 @@ class Backend:
     def bound(self, s: int, num_embeddings: int) -> float:
         """1 / sqrt(num_embeddings) is that of an uncompressed table (Naumov et al. 2019)."""
         return num_embeddings**-0.5
-
-    def slots(self, rows: dict[str, int]) -> dict[str, tuple[int, ...]]:
-        """Feature -> slots of each of its slices, for features with these numbers of rows; see `spread`."""
-        return spread(dict.fromkeys(rows, self), rows)
 
     def initialise(self, weights: Tensor, s: int, num_embeddings: int, generator: Generator) -> None:
         """Draw the weights [slots, width] of slice s."""

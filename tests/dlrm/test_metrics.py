@@ -88,16 +88,6 @@ def test_log_loss_and_normalized_entropy_equal_sklearn_on_ordinary_scores():
     assert abs(values["auc"] - sklearn_metrics.roc_auc_score(y, probability)) <= values["auc_bound"] < 1e-4
 
 
-def test_merged_parts_equal_one_stream():
-    logits, labels = click_samples(5_000)
-    whole, first, second = streamed(logits, labels), streamed(logits[:1234], labels[:1234]), Metrics("cpu")
-    second.update(logits[1234:], labels[1234:])
-    first.merge(second)
-    assert torch.equal(first.histogram, whole.histogram) and torch.equal(first.counts, whole.counts)
-    for name, value in whole.compute().items():
-        assert first.compute()[name] == pytest.approx(value, rel=1e-12), name
-
-
 def test_constant_predictor_has_normalized_entropy_one_and_auc_one_half():
     labels = torch.tensor([1.0, 0.0, 0.0, 0.0] * 50)
     values = streamed(torch.full((200,), math.log(0.25 / 0.75)), labels).compute()

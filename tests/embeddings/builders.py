@@ -11,6 +11,7 @@ from oracle import Case
 
 from embeddings import Dense, EmbeddingBags, Hashed, Slab
 from embeddings.arrangement import Lookup
+from embeddings.backend import spread
 from embeddings.ops import Pooling
 from embeddings.reference import SEPARATOR
 
@@ -73,6 +74,11 @@ def named(name: str, **changes):
     """The backend of conf/embedding/<name>.yaml."""
     (path,) = (path for path in YAMLS if path.stem == name)
     return from_yaml(path, **changes)
+
+
+def slots_of(backend, rows: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Feature -> slots of each of its slices, where all features with these numbers of rows have one backend."""
+    return spread(dict.fromkeys(rows, backend), rows)
 
 
 def make_slab(backends: dict, rows: list[int], *, positions=None, pooling=Pooling.SUM, seed=0) -> Slab:

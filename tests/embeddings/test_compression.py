@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import DIM, YAMLS, dense, each_choice, each_yaml, from_yaml, hashed, make_bags, named
+from builders import DIM, YAMLS, dense, each_choice, each_yaml, from_yaml, hashed, make_bags, named, slots_of
 from omegaconf import OmegaConf
 
 from embeddings import Bloom, Dense, EmbeddingBags, Fast, Hashed
@@ -21,11 +21,11 @@ CRITEO_KAGGLE = [1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 56
 def compressed(yaml: Path) -> bool:
     """Whether compression applies to this backend: dense and fast keep every row."""
     backend = from_yaml(yaml, compression=0.5)
-    return backend.slots({"C1": 10_000}) != from_yaml(yaml, compression=0.25).slots({"C1": 10_000})
+    return slots_of(backend, {"C1": 10_000}) != slots_of(from_yaml(yaml, compression=0.25), {"C1": 10_000})
 
 
 def reached(backend, rows: dict[str, int]) -> float:
-    slots = list(backend.slots(rows).values())
+    slots = list(slots_of(backend, rows).values())
     size = sum(map(backend.feature_bytes, slots))
     if getattr(backend, "shared", False):  # one pool, which every feature says it keeps
         assert len(set(slots)) == 1
@@ -38,7 +38,7 @@ def reached(backend, rows: dict[str, int]) -> float:
 def test_compression_is_reached_within_one_percent_on_criteo(yaml, ratio):
     rows = {f"C{i + 1}": n for i, n in enumerate(CRITEO_KAGGLE)}
     backend = from_yaml(yaml, compression=ratio)
-    slots = backend.slots(rows)
+    slots = slots_of(backend, rows)
     assert list(slots) == list(rows)
     if not compressed(yaml):
         assert slots == {feature: (n,) for feature, n in rows.items()}
@@ -64,7 +64,7 @@ def test_compression_of_allocated_tensors_is_within_one_percent(yaml, changes, r
 def test_slots_of_every_partition_tell_all_ids_apart(partitions, n):
     for ratio in (1.0, 0.5, 0.1, 0.01):
         try:
-            (slots,) = named("qr", compression=ratio, partitions=partitions).slots({"C1": n}).values()
+            (slots,) = slots_of(named("qr", compression=ratio, partitions=partitions), {"C1": n}).values()
         except ValueError:
             continue
         assert len(slots) == partitions and math.prod(slots) >= n
@@ -73,7 +73,7 @@ def test_slots_of_every_partition_tell_all_ids_apart(partitions, n):
 @pytest.mark.parametrize("n", [10_000, 286_181, 10_131_227])
 def test_the_smallest_quotients_and_remainders_are_two_square_roots(n):
     with pytest.raises(ValueError, match=r"smallest it can is ([\d.e-]+)") as error:
-        named("qr", compression=1e-7).slots({"C1": n})
+        slots_of(named("qr", compression=1e-7), {"C1": n})
     smallest = float(re.search(r"smallest it can is ([\d.e-]+)", str(error.value)).group(1))
     table_bytes = 2 * 9 * 8 / (n * DIM * 4)
     assert smallest - table_bytes == pytest.approx(2 * n**-0.5, rel=0.01)
@@ -83,13 +83,13 @@ def test_the_smallest_quotients_and_remainders_are_two_square_roots(n):
 def test_no_more_than_every_row_of_the_first_part_can_be_kept(changes):
     for ratio in (0.8, 1.0):
         with pytest.raises(ValueError, match="cannot reach it for C1"):
-            named("qr", compression=ratio, **changes).slots({"C1": 10_000})
+            slots_of(named("qr", compression=ratio, **changes), {"C1": 10_000})
 
 
 def test_a_ratio_too_large_for_16_bits_is_refused_with_the_largest():
     with pytest.raises(ValueError, match=r"largest it can is 0\.5003, the nearest 0\.5003"):
-        named("qr", compression=1.0, precision="bf16").slots({"C1": 10_000})
-    named("qr", compression=0.5, precision="bf16").slots({"C1": 10_000})
+        slots_of(named("qr", compression=1.0, precision="bf16"), {"C1": 10_000})
+    slots_of(named("qr", compression=0.5, precision="bf16"), {"C1": 10_000})
 
 
 def test_some_yaml_compresses_and_some_does_not():
@@ -100,7 +100,7 @@ def test_some_yaml_compresses_and_some_does_not():
 def test_an_unreachable_ratio_is_refused_with_the_smallest_that_works(block):
     rows = {"C1": 3000, "C2": 5000, "C3": 4}
     with pytest.raises(ValueError, match=r"compression=1e-05: .*smallest it can is ([\d.e-]+)") as error:
-        hashed(0.00001, block).slots(rows)
+        slots_of(hashed(0.00001, block), rows)
     smallest = float(re.search(r"smallest it can is ([\d.e-]+)", str(error.value)).group(1))
     assert smallest < 0.001
     assert reached(hashed(smallest, block), rows) == pytest.approx(smallest, rel=0.01)
@@ -112,7 +112,7 @@ def test_the_smallest_ratio_that_a_refusal_names_can_be_had(yaml, changes):
         return
     rows = {"C1": 3000, "C2": 5000, "C3": 40}
     with pytest.raises(ValueError, match=f"compression=1e-05: embedding={yaml.stem} cannot") as error:
-        from_yaml(yaml, compression=0.00001, **changes).slots(rows)
+        slots_of(from_yaml(yaml, compression=0.00001, **changes), rows)
     smallest = float(re.search(r"smallest it can is ([\d.e-]+)", str(error.value)).group(1))
     assert reached(from_yaml(yaml, compression=smallest, **changes), rows) == pytest.approx(smallest, rel=0.01)
 

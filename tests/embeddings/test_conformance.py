@@ -28,6 +28,7 @@ from builders import (
     make_batch,
     make_slab,
     named,
+    slots_of,
     vectors,
 )
 from oracle import (
@@ -276,11 +277,11 @@ def test_h7_ids_and_offsets_of_a_wrong_shape_or_order_are_refused(kernels):
 @each_yaml
 def test_h8_no_feature_is_without_weights(yaml):
     backend = from_yaml(yaml, compression=1 / 64)
-    for n, slots in backend.slots({"C1": 3, "C2": 1_000_000}).items():
+    for n, slots in slots_of(backend, {"C1": 3, "C2": 1_000_000}).items():
         assert all(number >= 1 for number in slots), n
     if yaml.stem not in ("dense", "fast"):
         with pytest.raises(ValueError, match="the smallest it can is"):
-            backend.slots({"C1": 3})
+            slots_of(backend, {"C1": 3})
 
 
 def test_h8_a_drop_in_module_of_three_ids_has_weights():
@@ -749,7 +750,7 @@ def test_b8_a_checkpoint_holds_all_there_is_and_travels(hash):
 def test_b9_a_table_of_four_ids_has_a_row_or_is_refused(combine):
     backend = named("bloom", compression=0.2, num_hashes=4, combine=combine)
     with pytest.raises(ValueError, match="cannot reach it for C1; the smallest it can is"):
-        backend.slots({"C1": 4})
+        slots_of(backend, {"C1": 4})
     bags = make_bags([backend] * 2, [4, 10_000])
     assert vectors(bags, 0, torch.arange(4)).isfinite().all()
     assert bags.slabs[0].tables[:, 5].min() >= 1
@@ -1030,7 +1031,7 @@ def test_q6_deeprecs_example_trains_as_its_readme_says():
 
 @pytest.mark.parametrize("known", recorded("qr_facebook")["table_sizes"], ids=str)
 def test_q6_facebooks_tables_have_its_sizes(known):
-    assert named("qr", collisions=known["c"]).slots({"C1": known["n"]}) == {"C1": (known["q"], known["r"])}
+    assert slots_of(named("qr", collisions=known["c"]), {"C1": known["n"]}) == {"C1": (known["q"], known["r"])}
 
 
 @pytest.mark.parametrize("id", [-1, 101, 102, 103, 104, 2**40, -(2**63)])
