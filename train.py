@@ -333,7 +333,7 @@ def train(config: dict, folder: Path) -> dict:
 
 
 def trainer_settings(config: dict) -> TrainerSettings:
-    """Of a configuration. Raises ValueError, naming the key."""
+    """The trainer's settings by a configuration. Raises ValueError, naming the key."""
     root = {key: config[key] for key in ("precision", "device", "deterministic")}
     return TrainerSettings(**config["trainer"], checkpoint=CheckpointSettings(**config["checkpoint"]), **root)
 

@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Of the checkpoint of a step."""
+    """The folder of the checkpoint of a step."""
     return Path(folder) / f"step_{step:09d}"
 
 

@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """Of independent runs. Raises ValueError without values."""
+    """The mean of independent runs with its 95 % interval. Raises ValueError without values."""
     if not values:
         raise ValueError("an interval needs at least one value")
     n = len(values)

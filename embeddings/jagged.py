@@ -302,7 +302,7 @@ class KeyedJaggedTensor(_Jagged):
         return self._keys
 
     def stride(self) -> int:
-        """B"""
+        """The number of samples B."""
         if not self._keys:
             return self._stride
         num_lengths = self._offsets.shape[0] - 1 if self._lengths is None else self._lengths.shape[0]

@@ -29,6 +29,8 @@ class QR(Backend):
     order: str = "compose"  # compose | legacy
     dims: tuple[int, ...] | None = None
 
+    index_map = IndexMap.PARTITION
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("operation", OPERATIONS)
@@ -58,10 +60,6 @@ class QR(Backend):
                 f"dims={list(self.dims)} must be {self.partitions} numbers of at least 1 that add up to "
                 f"embedding_dim={self.embedding_dim}"
             )
-
-    @property
-    def index_map(self) -> IndexMap:
-        return IndexMap.PARTITION
 
     @property
     def combine_kind(self) -> Combine:

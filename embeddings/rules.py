@@ -56,7 +56,7 @@ def state_shapes(rule: Rule, weights: Tensor) -> list[tuple[int, ...]]:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and states, for weights of a dtype."""
+    """The dtype of sums and states, for weights of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
