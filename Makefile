@@ -37,7 +37,7 @@ train: $(VENV)/.train  ## train: make train ARGS="embedding=hashed compression=0
 # the second pass leaves out what the choice of kernels cannot change: what is marked once, also by tests/conftest.py;
 # bytecode is kept for it, as pytest takes seconds to rewrite all assertions; threads that wait leave the cores alone
 PYTEST2 = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
-test: $(VENV)/.dev  ## the whole test suite, with the compiled kernels and then with the reference ones
+test: $(VENV)/.dev  ## the tests, less the slow ones, with the compiled kernels and then with the reference ones
 	EMBEDDINGS_NATIVE=require $(PYTEST2) -m "$(SLOW)" tests
 	EMBEDDINGS_NATIVE=off $(PYTEST2) -m "($(SLOW)) and not once" tests
 

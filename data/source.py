@@ -54,7 +54,7 @@ def open_source(
     path: Path, *, delimiter: str | None, quote: str | None, header: bool, columns: Sequence[str] | None
 ) -> Source:
     """A Source with the names of its columns, from its first line or its Parquet schema; nothing else is read.
-    delimiter, quote: None chooses by the file's name (tab without quotes for .tsv and .txt, else comma with).
+    delimiter: None chooses by the file's name (`DELIMITERS`, else a comma). quote: None is '"' with a comma, else none.
     Raises ValueError if there is no such file, it is empty, or its first line does not fit the columns."""
     if not path.is_file():
         known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -21,7 +21,8 @@ class Bloom(Backend):
 
     combine: sum | mean | learned, where row h_k(id) is first multiplied by a learned weight: number k of a row of a
     second table, which the id is hashed to (hash embeddings: Svenstrup et al., NIPS 2017; the weights begin as 1).
-    hash=murmur3: Spotlight's rows, for the same number of them. init=upstream: N(0, 1 / D), Spotlight's.
+    hash=murmur3: Spotlight's rows, for the same number of them. init=upstream: Spotlight's, normal
+    with standard deviation 1 / D.
     """
 
     num_hashes: int = 2  # K

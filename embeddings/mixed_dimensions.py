@@ -9,8 +9,8 @@ def mixed_dimensions(
     """Each table's embedding_dim by the popularity rule of Ginart et al. (ISIT 2021): the fewer ids, the longer.
 
     The smallest table gets embedding_dim, the others that times (smallest / n) ** alpha, rounded, at least 1; with
-    power_of_two the nearest one. Tables of at most `threshold` ids keep embedding_dim. Raises ValueError for alpha < 0
-    or numbers below 1.
+    power_of_two each of these is then rounded to one, embedding_dim too. Tables of at most `threshold` ids keep
+    embedding_dim. Raises ValueError for alpha < 0 or numbers below 1.
     """
     if not num_embeddings or min(num_embeddings) < 1 or embedding_dim < 1:
         raise ValueError(f"num_embeddings={num_embeddings} and embedding_dim={embedding_dim} must be at least 1")

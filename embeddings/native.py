@@ -48,8 +48,8 @@ def load(mode: str = "auto") -> bool:
     """Make the compiled kernels available and say whether they are; the first call decides for the process.
 
     mode: "auto" falls back to the reference with one line that says why, "require" raises RuntimeError with the
-    compiler's words, "off" keeps to the reference. Raises ValueError for another mode, or when a later call
-    contradicts the first.
+    compiler's words, "off" keeps to the reference. Raises ValueError for another mode, and for "off" once
+    the kernels are loaded; RuntimeError also for "require" once the reference was chosen.
     """
     if mode not in MODES:
         raise ValueError(f"native={mode!r} is not one of {', '.join(MODES)}")
