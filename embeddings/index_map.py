@@ -2,11 +2,13 @@
 
 from torch import Tensor
 
+from embeddings.kinds import IndexMap
+
 # columns of a slab's tables [F * K, 9]: Table in csrc/index_map.h
 POSITION, COLUMN, DIM, WIDTH, BEGIN, NUM_SLOTS, NUM_EMBEDDINGS, DIVISOR, SEED = range(9)
 NUM_COLUMNS = 9
 
-PARTITION, MIXED, SIGNED, AFFINE, MURMUR3 = range(5)  # enum IndexMap there, embeddings.ops.IndexMap here
+PARTITION, MIXED, SIGNED, AFFINE, MURMUR3 = IndexMap
 RANGED = (PARTITION,)  # ids have an upper limit
 ONE_CHUNK = (PARTITION, MURMUR3)  # a slot holds the whole vector
 

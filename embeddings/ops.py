@@ -17,7 +17,7 @@ Arguments, in this order everywhere (Python, C++, CUDA):
     columns            numbers of a row of the output: the features' vectors side by side, at their tables' columns;
                        of bag_into's out and of a gradient there may be others, of other slabs
     probes, chunks     K, and the most chunks that any table has
-    index_map, combine, pooling, accumulate: the numbers below;  features: the names, for errors,
+    index_map, combine, pooling, accumulate: `embeddings.kinds`;  features: the names, for errors,
     with reference.SEPARATOR between them
     first, second      the optimizer's state; rule, and numbers [7] float64 on the weights' device: a `rules.Step`
 Sums are float32, or float64 of float64 weights. Gradients and per_sample_weights have the dtype of the weights or that
@@ -26,50 +26,15 @@ Errors: RuntimeError naming feature, position, id and limit when a ranged map me
 On CUDA kernels skip such an id and note it: the next call on the same features raises, or raise_noted at once.
 """
 
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
-from embeddings import index_map as maps
 from embeddings import reference
-
-
-class IndexMap(IntEnum):
-    """Which weights an id reads: csrc/index_map.h."""
-
-    PARTITION = maps.PARTITION  # (id // divisor) % slots: dense tables, quotients, remainders
-    MIXED = maps.MIXED  # SplitMix64, any 64-bit id
-    SIGNED = maps.SIGNED  # the same, half of the chunks negated
-    AFFINE = maps.AFFINE  # HashedEmbeddingBag's
-    MURMUR3 = maps.MURMUR3  # Spotlight's
-
-
-class Combine(IntEnum):
-    """How the vectors of an id's probes become one."""
-
-    ADD = 0
-    MULTIPLY = 1
-    CONCAT = 2  # each probe in its own columns
-    WEIGHTED = 3  # the sum of all but the last, each times its number of the last probe's vector
-
-
-class Pooling(IntEnum):
-    """How the vectors of a bag become one."""
-
-    SUM = 0
-    MEAN = 1
-    MAX = 2
-
-
-class Accumulate(IntEnum):
-    """How a slab's gradient is made: dense and repeatable, dense by atomics, or touched units only (repeatable)."""
-
-    SORTED = 0
-    ATOMIC = 1
-    ROWS = 2
-
+from embeddings.kinds import Accumulate as Accumulate
+from embeddings.kinds import Combine as Combine
+from embeddings.kinds import IndexMap as IndexMap
+from embeddings.kinds import Pooling as Pooling
 
 _BATCH = "Tensor ids, Tensor? offsets"
 _WEIGHTS = "Tensor? per_sample_weights"

@@ -12,13 +12,14 @@ from torch import Tensor
 from embeddings import index_map as maps
 from embeddings import rules
 from embeddings.index_map import BEGIN, COLUMN, DIM, NUM_COLUMNS, NUM_EMBEDDINGS, POSITION, WIDTH
+from embeddings.kinds import Combine, IndexMap, Pooling
 from embeddings.rules import accumulator
 
 RUN = 64  # kRun in csrc/index_map.h
 MAX_PROBES = 32  # kMaxProbes in csrc/bag.h
 SEPARATOR = "\x1f"  # between names, kSeparator in csrc/bag.h
-SUM, MEAN, MAX = range(3)
-ADD, MULTIPLY, CONCAT, WEIGHTED = range(4)
+SUM, MEAN, MAX = Pooling
+ADD, MULTIPLY, CONCAT, WEIGHTED = Combine
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -51,7 +52,7 @@ def _check(
     _require(columns >= 0 and layout.chunks >= 1, "columns must be at least 0 and chunks at least 1")
     _require(ids.dim() == 1, "ids must be 1-D")
     _require(ids.dtype in (torch.int32, torch.int64), "ids must be int32 or int64")
-    _require(maps.PARTITION <= layout.index_map <= maps.MURMUR3, "unknown index_map")
+    _require(layout.index_map in tuple(IndexMap), "unknown index_map")
     allowed = "combine must be 0 (add), 1 (multiply), 2 (concat) or 3 (weighted)"
     _require(layout.combine in (ADD, MULTIPLY, CONCAT, WEIGHTED), allowed)
     _require(layout.combine != WEIGHTED or layout.probes >= 2, "combine=weighted needs at least 2 probes")
