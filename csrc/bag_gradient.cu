@@ -90,6 +90,16 @@ void atomic_backward(const Launch& launch, const Call& call, const Lookup& looku
   }
 }
 
+// By slots_kernel: rows and units as it takes them.
+template <typename Lookup, typename number_t>
+void write_slots(const Launch& launch, const Call& call, const Lookup& lookup, SortedTouches& sorted,
+                 const int64_t* rows, int64_t* units, number_t* values) {
+  with_passed_back(call, lookup, [&](auto passed_back) {
+    launch(slots_kernel<decltype(passed_back), number_t>, sorted.touches.count, Typical<number_t>(call).slot_lanes(),
+           sums_of_slots(launch, call, passed_back, sorted), rows, units, values);
+  });
+}
+
 Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids, std::optional<Tensor> offsets,
                     std::optional<Tensor> sample_weights, const Tensor& tables, int64_t probes, int64_t chunks,
                     int64_t index_map, int64_t combine, int64_t pooling, bool atomic, Names features) {
@@ -106,8 +116,7 @@ Tensor bag_backward(const Tensor& grad, const Tensor& weights, const Tensor& ids
     if (sorted.touches.count == 0) return;
     const int64_t* rows = nullptr;
     int64_t* units = nullptr;
-    launch(slots_kernel<Lookup, weight_t>, sorted.touches.count, Typical<weight_t>(call).slot_lanes(),
-           sums_of_slots(launch, call, lookup, sorted), rows, units, out.mutable_data_ptr<weight_t>());
+    write_slots(launch, call, lookup, sorted, rows, units, out.mutable_data_ptr<weight_t>());
   });
   return out;
 }
@@ -138,9 +147,8 @@ std::tuple<Tensor, Tensor> bag_backward_rows(const Tensor& grad, const Tensor& w
     units = torch::stable::new_empty(weights, {num_touched}, ScalarType::Long);
     values = torch::stable::new_empty(weights, {num_touched, call.unit});
     if (num_touched == 0) return;
-    launch(slots_kernel<Lookup, weight_t>, count, Typical<weight_t>(call).slot_lanes(),
-           sums_of_slots(launch, call, lookup, sorted), rows, units.mutable_data_ptr<int64_t>(),
-           values.mutable_data_ptr<weight_t>());
+    write_slots(launch, call, lookup, sorted, rows, units.mutable_data_ptr<int64_t>(),
+                values.mutable_data_ptr<weight_t>());
   });
   return {units, values};
 }

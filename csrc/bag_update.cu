@@ -86,50 +86,73 @@ __device__ real over_lanes(const Group& group, Partial partial, Finish finish) {
 }
 #endif
 
-// Adds to a unit's state the mean of its gradient's squares; what its gradient is then multiplied by. gradient(z, v)
-template <typename weight_t, typename Gradient>
+// How the squares of a unit's gradient are added up: not at all, of one pack for each lane, or of more.
+enum class Squares { kNone, kOnePack, kFolded };
+
+// Adds to a unit's state the mean of its gradient's squares; what its gradient is then multiplied by. partial(lane, v):
+// the squares of a lane.
+template <int kVector, typename weight_t, typename Partial>
 __device__ typename Accumulator<weight_t>::type row_rate(const Group& group, const Moved<weight_t>& to,
-                                                         const Step& step, int64_t at, Gradient gradient) {
+                                                         const Step& step, int64_t at, Partial partial) {
   using real = typename Accumulator<weight_t>::type;
-  real rate = 0;
-  const auto with_pack = [&](auto known) {
-    constexpr int pack = decltype(known)::value;
-    rate = over_lanes<real, pack>(
-        group,
-        [&](int lane, real(&total)[pack]) {
-          fold_lane<real, pack>(
-              lane, group.lanes, to.unit / pack,
-              [&](int p, real(&squares)[pack]) {
-                gradient(p * pack, squares);
-                for (int i = 0; i < pack; ++i) squares[i] *= squares[i];
-              },
-              total);
-        },
-        [&](real(&sum)[pack]) {
-          for (int half = pack / 2; half > 0; half /= 2) {
-            for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-          }
-          real& total = to.first[at / to.unit];
-          total += sum[0] / static_cast<real>(to.unit);
-          return 1 / (std::sqrt(total) + static_cast<real>(step.eps)) * static_cast<real>(step.lr);
-        });
-  };
-  constexpr int kWide = 16 / sizeof(weight_t);
-  if (to.unit % kWide == 0) {
-    with_pack(std::integral_constant<int, kWide>{});
-  } else {
-    with_pack(std::integral_constant<int, 1>{});
-  }
-  return rate;
+  return over_lanes<real, kVector>(group, partial, [&](real(&sum)[kVector]) {
+    for (int half = kVector / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    }
+    real& total = to.first[at / to.unit];
+    total += sum[0] / static_cast<real>(to.unit);
+    return 1 / (std::sqrt(total) + static_cast<real>(step.eps)) * static_cast<real>(step.lr);
+  });
+}
+
+// Packs of a unit, as of for_each_pack.
+template <typename weight_t>
+HOST_DEVICE int packs_of(int64_t unit) {
+  constexpr int64_t kWide = 16 / sizeof(weight_t);
+  return static_cast<int>(unit % kWide == 0 ? unit / kWide : unit);
 }
 
 // --- one step --------------------------------------------------------------------------------------------------------
 
-// On the unit whose first number is `at`. sum(z, v): numbers z.. of its gradient's sum.
-template <typename weight_t, typename Sum>
+// The step of a pack of numbers. g: their gradient, with the weight decay's; rate: what SGD and row-wise Adagrad
+// multiply it by.
+template <typename weight_t, typename real, int kVector>
+__device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t at, real rate, real (&g)[kVector]) {
+  real w[kVector], first[kVector], second[kVector];
+  load(to.weights + at, w);
+  const real lr = static_cast<real>(step.lr), eps = static_cast<real>(step.eps);
+  if (to.rule == kAdagrad) {
+    load(to.first + at, first);
+    for (int i = 0; i < kVector; ++i) {
+      first[i] += g[i] * g[i];
+      g[i] = lr * g[i] / (std::sqrt(first[i]) + eps);
+    }
+    store(to.first + at, first);
+  } else if (to.rule == kAdam) {
+    const real keep1 = static_cast<real>(step.beta1), take1 = static_cast<real>(1 - step.beta1);
+    const real keep2 = static_cast<real>(step.beta2), take2 = static_cast<real>(1 - step.beta2);
+    const real correction = static_cast<real>(step.correction);
+    load(to.first + at, first);
+    load(to.second + at, second);
+    for (int i = 0; i < kVector; ++i) {
+      first[i] = first[i] * keep1 + g[i] * take1;
+      second[i] = second[i] * keep2 + g[i] * g[i] * take2;
+      g[i] = lr * first[i] / (std::sqrt(second[i] / correction) + eps);
+    }
+    store(to.first + at, first);
+    store(to.second + at, second);
+  } else {
+    scale(g, rate);
+  }
+  weight_t moved[kVector];
+  for (int i = 0; i < kVector; ++i) moved[i] = rounded<weight_t>(w[i] - g[i], static_cast<int64_t>(step.draw), at + i);
+  store(to.weights + at, moved);
+}
+
+// The step of the unit whose first number is `at`. sum(z, v): numbers z.. of its gradient's sum.
+template <Squares kSquares, typename weight_t, typename Sum>
 __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& step, int64_t at, Sum sum) {
   using real = typename Accumulator<weight_t>::type;
-  const real lr = static_cast<real>(step.lr), eps = static_cast<real>(step.eps);
   const real weight_decay = static_cast<real>(step.weight_decay);
   const auto gradient = [&](int z, auto& g) {
     sum(z, g);
@@ -140,61 +163,88 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
       for (int i = 0; i < kVector; ++i) g[i] = g[i] + w[i] * weight_decay;
     }
   };
-  const real rate = to.rule == kRowWiseAdagrad ? row_rate(group, to, step, at, gradient) : lr;
-  for_each_pack<weight_t>(group, to.unit, to.unit, [&](auto pack, int z) {
-    real change[pack], w[pack], state[pack], square[pack];
-    weight_t moved[pack];
-    gradient(z, change);
-    load(to.weights + at + z, w);
-    if (to.rule == kAdagrad) {
-      load(to.first + at + z, state);
-      for (int i = 0; i < pack; ++i) {
-        state[i] += change[i] * change[i];
-        change[i] = lr * change[i] / (std::sqrt(state[i]) + eps);
-      }
-      store(to.first + at + z, state);
-    } else if (to.rule == kAdam) {
-      const real keep1 = static_cast<real>(step.beta1), take1 = static_cast<real>(1 - step.beta1);
-      const real keep2 = static_cast<real>(step.beta2), take2 = static_cast<real>(1 - step.beta2);
-      const real correction = static_cast<real>(step.correction);
-      load(to.first + at + z, state);
-      load(to.second + at + z, square);
-      for (int i = 0; i < pack; ++i) {
-        state[i] = state[i] * keep1 + change[i] * take1;
-        square[i] = square[i] * keep2 + change[i] * change[i] * take2;
-        change[i] = lr * state[i] / (std::sqrt(square[i] / correction) + eps);
-      }
-      store(to.first + at + z, state);
-      store(to.second + at + z, square);
-    } else {
-      for (int i = 0; i < pack; ++i) change[i] *= rate;
+  const auto with_pack = [&](auto function) {
+    constexpr int kWide = 16 / sizeof(weight_t);
+    if (to.unit % kWide == 0) return function(std::integral_constant<int, kWide>{});
+    return function(std::integral_constant<int, 1>{});
+  };
+  if constexpr (kSquares == Squares::kOnePack) {  // the sum stays in registers
+    with_pack([&](auto pack) {
+      constexpr int kVector = decltype(pack)::value;
+      const int z = group.lane * kVector;
+      const bool has_pack = z < to.unit;
+      real g[kVector] = {};
+      if (has_pack) gradient(z, g);
+      const real rate = row_rate<kVector>(group, to, step, at, [&](int lane, real(&v)[kVector]) {
+        for (int i = 0; i < kVector; ++i) v[i] = g[i];
+        const int other = lane * kVector;  // than z on a host, where one thread plays all lanes
+        if (other != z && other < to.unit) gradient(other, v);
+        if (other != z && other >= to.unit) scale(v, real(0));
+        multiply(v, v);
+      });
+      if (has_pack) move_pack(to, step, at + z, rate, g);
+    });
+  } else {
+    real rate = static_cast<real>(step.lr);
+    if constexpr (kSquares == Squares::kFolded) {
+      with_pack([&](auto pack) {
+        constexpr int kVector = decltype(pack)::value;
+        rate = row_rate<kVector>(group, to, step, at, [&](int lane, real(&total)[kVector]) {
+          const auto squares = [&](int p, real(&v)[kVector]) {
+            gradient(p * kVector, v);
+            multiply(v, v);
+          };
+          fold_lane<real, kVector>(lane, group.lanes, to.unit / kVector, squares, total);
+        });
+      });
     }
-    for (int i = 0; i < pack; ++i) {
-      moved[i] = rounded<weight_t>(w[i] - change[i], static_cast<int64_t>(step.draw), at + z + i);
-    }
-    store(to.weights + at + z, moved);
-  });
+    for_each_pack<weight_t>(group, to.unit, to.unit, [&](auto pack, int z) {
+      real g[pack];
+      gradient(z, g);
+      move_pack(to, step, at + z, rate, g);
+    });
+  }
 }
 
-template <typename Sums>
+template <Squares kSquares, typename Sums>
 __global__ void __launch_bounds__(kThreads) update_kernel(Sums sums, Moved<typename Sums::weight_t> to, int lanes) {
   const Group group = group_of(lanes);
   const Touches& touches = sums.touches;
-  const Step step = *to.step;
+  const Step& step = *to.step;
   for (int64_t first = group.index; first < touches.count; first += group.count) {
     if (!touches.begins_slot(first)) continue;
     const int64_t width = sums.width(first), begin = static_cast<int64_t>(touches.slots[first]) * to.unit;
     for (int z = 0; z < width; z += to.unit) {
-      move(group, to, step, begin + z, [&](int d, auto& sum) { sums.sum(first, width, z + d, sum); });
+      move<kSquares>(group, to, step, begin + z, [&](int d, auto& sum) { sums.sum(first, width, z + d, sum); });
     }
   }
 }
 
 // --- the operator: arguments as in embeddings/ops.py -----------------------------------------------------------------
 
-// Whether a slot's gradient hangs on other slots' weights, so that all sums must be there before one moves.
-bool reads_others(const Call& call) {
-  return call.at.probes > 1 && (call.combine == kMultiply || call.combine == kWeighted);
+// By the sums of a lookup, or of `Shares`, that are kept first: where a slot's sum hangs on weights that other slots'
+// steps move, and where it would be made more than once.
+template <typename Lookup>
+void update_from_kept(const Launch& launch, const Call& call, const Lookup& lookup, SortedTouches& sorted,
+                      const Moved<typename Lookup::weight_t>& to, int lanes) {
+  using weight_t = typename Lookup::weight_t;
+  using real = typename Lookup::real;
+  const int64_t count = sorted.touches.count;
+  const int64_t* rows = number_rows(launch, call, lookup, sorted);
+  // no more than the slab has, nor than the batch reads: of a vector's numbers, or of one per other probe
+  const int64_t longest = call.columns + call.at.num_features * call.at.probes;
+  const int64_t reads = call.at.probes * longest * (call.offsets ? call.at.num_ids : call.at.batch_size);
+  real* values = sorted.allocate<real>(call, std::min(call.num_units * call.unit, reads));
+  int64_t* units = nullptr;
+  launch(slots_kernel<Lookup, real>, count, lanes, sums_of_slots(launch, call, lookup, sorted), rows, units, values);
+  const KeptSums<weight_t> kept{sorted.touches, rows, values, call.unit};
+  if (to.rule != kRowWiseAdagrad) {
+    launch(update_kernel<Squares::kNone, KeptSums<weight_t>>, count, lanes, kept, to);
+  } else if (packs_of<weight_t>(call.unit) <= lanes) {
+    launch(update_kernel<Squares::kOnePack, KeptSums<weight_t>>, count, lanes, kept, to);
+  } else {
+    launch(update_kernel<Squares::kFolded, KeptSums<weight_t>>, count, lanes, kept, to);
+  }
 }
 
 void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first, std::optional<Tensor> second,
@@ -211,8 +261,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
     using weight_t = typename Lookup::weight_t;
     using real = typename Lookup::real;
     const int lanes = Typical<weight_t>(call).slot_lanes();
-    constexpr int64_t kWide = 16 / sizeof(weight_t);
-    const int64_t packs = call.unit % kWide == 0 ? call.unit / kWide : call.unit;
+    const int packs = packs_of<weight_t>(call.unit);
     require(rule != kRowWiseAdagrad || packs <= lanes << kMaxLevels,
             "row-wise adagrad on CUDA takes rows of at most 4096 * 16 bytes, or 4096 numbers where those are no whole "
             "number of 16 bytes");
@@ -225,17 +274,16 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
                              static_cast<const Step*>(numbers.const_data_ptr()),
                              rule,
                              static_cast<int>(call.unit)};
-    const SlotSums<Lookup> sums = sums_of_slots(launch, call, lookup, sorted);
-    if (!reads_others(call)) return launch(update_kernel<SlotSums<Lookup>>, count, lanes, sums, to);
-    const int64_t* rows = number_rows(launch, call, lookup, sorted);
-    // no more than the slab has, nor than the batch reads: of a vector's numbers, or of one per other probe
-    const int64_t longest = call.columns + call.at.num_features * call.at.probes;
-    const int64_t reads = call.at.probes * longest * (call.offsets ? call.at.num_ids : call.at.batch_size);
-    real* values = sorted.allocate<real>(call, std::min(call.num_units * call.unit, reads));
-    int64_t* units = nullptr;
-    launch(slots_kernel<Lookup, real>, count, lanes, sums, rows, units, values);
-    launch(update_kernel<KeptSums<weight_t>>, count, lanes, KeptSums<weight_t>{sorted.touches, rows, values, call.unit},
-           to);
+    with_passed_back(call, lookup, [&](auto passed_back) {
+      using PassedBack = decltype(passed_back);
+      if constexpr (std::is_same_v<PassedBack, Shares<weight_t>>) {
+        using Sums = SlotSums<PassedBack>;
+        const auto sums = [&] { return sums_of_slots(launch, call, passed_back, sorted); };
+        if (rule != kRowWiseAdagrad) return launch(update_kernel<Squares::kNone, Sums>, count, lanes, sums(), to);
+        if (packs <= lanes) return launch(update_kernel<Squares::kOnePack, Sums>, count, lanes, sums(), to);
+      }
+      update_from_kept(launch, call, passed_back, sorted, to, lanes);
+    });
   });
 }
 

@@ -14,7 +14,7 @@ namespace embeddings {
 struct Touches {
   uint64_t* slots;  // [M] first unit of the slot, kNoSlot where there is no touch of that number
   uint32_t* order;  // [M] touch number * 2, + 1 if its numbers count negatively
-  int64_t* bags;    // [N] bag f * B + b of each occurrence; nullptr without offsets
+  uint32_t* bags;   // [N] bag f * B + b of each occurrence; nullptr without offsets
   int64_t* shifts;  // [F] occurrence - position; nullptr without offsets
   int64_t count, num_occurrences;
 
@@ -49,18 +49,22 @@ struct Touch {
   bool negative;
 };
 
-template <typename Map>
-__device__ Touch touch_at(const Batch<Map>& batch, const Touches& touches, int64_t i) {
+// In 32 bits, where divisions are several times faster: sort_touches has seen to it that all fits. batch: a Batch, or
+// what else has its `at` and `chunks`.
+template <typename Batch>
+__device__ Touch touch_at(const Batch& batch, const Touches& touches, int64_t i) {
   const Ids& at = batch.at;
-  const auto number = static_cast<int64_t>(touches.order[i] / 2), vector = number / batch.chunks;
-  const int64_t occurrence = vector / at.probes, bag = touches.bags ? touches.bags[occurrence] : occurrence;
-  const int64_t f = bag / at.batch_size, b = bag % at.batch_size;
+  const auto chunks = static_cast<uint32_t>(batch.chunks), probes = static_cast<uint32_t>(at.probes);
+  const auto batch_size = static_cast<uint32_t>(at.batch_size);
+  const uint32_t order = touches.order[i], number = order / 2, vector = number / chunks, occurrence = vector / probes;
+  const uint32_t bag = touches.bags ? touches.bags[occurrence] : occurrence;
+  const int64_t f = bag / batch_size, b = bag % batch_size;
   const int64_t n = touches.shifts ? occurrence - touches.shifts[f] : at.begin(f, b);
-  return {{f, b, 0, 0}, n, vector % at.probes, static_cast<int>(number % batch.chunks), touches.order[i] % 2 == 1};
+  return {{f, b, 0, 0}, n, vector % probes, static_cast<int>(number % chunks), order % 2 == 1};
 }
 
-template <typename Map>
-__device__ int64_t width_at(const Batch<Map>& batch, const Touches& touches, int64_t i) {
+template <typename Batch>
+__device__ int64_t width_at(const Batch& batch, const Touches& touches, int64_t i) {
   const Touch touch = touch_at(batch, touches, i);
   return batch.at.table(touch.bag.f, touch.k).width;
 }
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touch
     const int64_t number_of_bag = bag.f * at.batch_size + bag.b;
     batch.for_each_id(bag, [&](int64_t n, int64_t id) {
       const int64_t occurrence = touches.shifts ? n + touches.shifts[bag.f] : number_of_bag;
-      if (touches.bags && k == 0 && group.lane == 0) touches.bags[occurrence] = number_of_bag;
+      if (touches.bags && k == 0 && group.lane == 0) touches.bags[occurrence] = static_cast<uint32_t>(number_of_bag);
       const uint64_t key = batch.map.key(table, id);
       for (int64_t chunk = group.lane; chunk < table.chunks(); chunk += group.lanes) {
         const Read read = batch.map.read(table, key, chunk);
@@ -109,15 +113,7 @@ __global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touch
   });
 }
 
-// rows[i] = units of the slot that begins at touch i, 0 if none does.
-template <typename Map>
-__global__ void __launch_bounds__(kThreads)
-    rows_kernel(Batch<Map> batch, Touches touches, int64_t* __restrict__ rows, int lanes) {
-  const Group group = group_of(lanes);
-  for (int64_t i = group.index; i < touches.count; i += group.count) {
-    rows[i] = touches.begins_slot(i) ? width_at(batch, touches, i) / batch.unit : 0;
-  }
-}
+// --- the sum of a run ------------------------------------------------------------------------------------------------
 
 // Numbers z.. of the run that begins at touch `first`: up to kRun contributions to one slot, left to right.
 template <typename Lookup, int kVector, typename real>
@@ -130,6 +126,88 @@ __device__ void sum_run(const Lookup& lookup, const Touches& touches, int64_t fi
     lookup.contribution(touch.bag, touch.n, touch.k, touch.chunk * width + z, v);
     negate_if(touch.negative, v);
     for (int i = 0; i < kVector; ++i) sum[i] = j == first ? v[i] : sum[i] + v[i];
+  }
+}
+
+// sum += v / divisor, a number by which most are not divided: 1.
+template <typename real, int kVector>
+__device__ void add_quotient(real (&sum)[kVector], const real (&v)[kVector], real divisor) {
+  if (divisor == 1) {
+    for (int i = 0; i < kVector; ++i) sum[i] += v[i];
+  } else {
+    for (int i = 0; i < kVector; ++i) sum[i] += v[i] / divisor;
+  }
+}
+
+// Adds numbers 0, 1, ... to sum, in this order: load(i, v) reads number i and says what it is to be divided by, 0 after
+// the last. A few are on their way at a time, so that a hot slot waits for memory once for them all.
+template <typename real, int kVector, typename Load>
+__device__ void add_ahead(real (&sum)[kVector], Load load) {
+  constexpr int kAhead = 4;
+  bool goes_on = true;
+  for (int64_t i = 0; goes_on; i += kAhead) {
+    real v[kAhead][kVector], divisors[kAhead];
+    UNROLL for (int a = 0; a < kAhead; ++a) divisors[a] = load(i + a, v[a]);
+    UNROLL for (int a = 0; a < kAhead; ++a) {
+      if (divisors[a] != 0) add_quotient(sum, v[a], divisors[a]);
+    }
+    goes_on = divisors[kAhead - 1] != 0;
+  }
+}
+
+// What touches pass back where that is their bag's gradient, or their share of it, whatever the map and whatever else
+// their ids read.
+template <typename number_t>
+struct Shares {
+  using weight_t = number_t;
+  using real = typename Accumulator<weight_t>::type;
+  Ids at;
+  int64_t unit, columns, chunks, pooling;
+  const real* __restrict__ grad;
+
+  template <typename Lookup>
+  explicit Shares(const Lookup& lookup)
+      : at(lookup.at),
+        unit(lookup.unit),
+        columns(lookup.columns),
+        chunks(lookup.chunks),
+        pooling(lookup.pooling),
+        grad(lookup.grad) {}
+
+  // Reads what the touch is a share of; the share is that by the result.
+  template <int kVector>
+  __device__ real load_touch(const Touches& touches, int64_t i, int width, int z, real (&v)[kVector]) const {
+    const Touch touch = touch_at(*this, touches, i);
+    const Table& table = at.table(touch.bag.f, touch.k);
+    load(grad + touch.bag.b * columns + table.column + touch.chunk * width + z, v);
+    const real divisor = at.template divisor<real>(touch.bag.f, touch.bag.b, pooling);
+    return touch.negative ? -divisor : divisor;
+  }
+};
+
+template <typename number_t, int kVector, typename real>
+__device__ void sum_run(const Shares<number_t>& shares, const Touches& touches, int64_t first, int width, int z,
+                        real (&sum)[kVector]) {
+  const uint64_t slot = touches.slots[first];
+  const real divisor = shares.load_touch(touches, first, width, z, sum);
+  if (divisor != 1) {
+    for (int i = 0; i < kVector; ++i) sum[i] /= divisor;
+  }
+  const auto is_next = [&](int64_t j) { return j < touches.count && j < first + kRun && touches.slots[j] == slot; };
+  if (!is_next(first + 1)) return;  // most slots of a large table
+  add_ahead(sum, [&](int64_t i, real(&v)[kVector]) {
+    const int64_t j = first + 1 + i;
+    return is_next(j) ? shares.load_touch(touches, j, width, z, v) : real(0);
+  });
+}
+
+// rows[i] = units of the slot that begins at touch i, 0 if none does.
+template <typename Batch>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(Batch batch, Touches touches, int64_t* __restrict__ rows, int lanes) {
+  const Group group = group_of(lanes);
+  for (int64_t i = group.index; i < touches.count; i += group.count) {
+    rows[i] = touches.begins_slot(i) ? width_at(batch, touches, i) / batch.unit : 0;
   }
 }
 
@@ -167,15 +245,21 @@ struct SlotSums {
   // Numbers z.. of its sum.
   template <int kVector>
   __device__ void sum(int64_t first, int64_t width, int z, real (&sum)[kVector]) const {
-    real run[kVector];
-    for (int64_t i = first; i < touches.count && touches.slots[i] == touches.slots[first]; i += kRun) {
-      if (i == first || z >= reach) {
-        sum_run(lookup, touches, i, static_cast<int>(width), z, run);
-      } else {
-        load(partial + i / kRun * reach + z, run);
-      }
+    const uint64_t slot = touches.slots[first];
+    const auto is_run = [&](int64_t i) { return i < touches.count && touches.slots[i] == slot; };
+    for (int64_t i = first; is_run(i); i += kRun) {
+      real run[kVector];
+      sum_run(lookup, touches, i, static_cast<int>(width), z, run);
       for (int j = 0; j < kVector; ++j) sum[j] = i == first ? run[j] : sum[j] + run[j];
+      if (z < reach) break;
     }
+    if (z >= reach) return;
+    add_ahead(sum, [&](int64_t r, real(&run)[kVector]) {
+      const int64_t i = first + (r + 1) * kRun;
+      if (!is_run(i)) return real(0);
+      load(partial + i / kRun * reach + z, run);
+      return real(1);
+    });
   }
 };
 
@@ -224,9 +308,10 @@ SortedTouches sort_touches(const Launch& launch, const Call& call, const Batch<M
   touches.num_occurrences = call.offsets ? call.at.num_ids : num_bags;
   touches.count = touches.num_occurrences * call.at.probes * call.chunks;
   if (touches.count == 0) return sorted;
-  require(touches.count < int64_t{1} << 31, "a batch may read at most 2^31 slots on CUDA");
+  require(std::max(touches.count, num_bags) < int64_t{1} << 31,
+          "a batch may have at most 2^31 bags and read at most 2^31 slots of a slab on CUDA");
   if (call.offsets) {
-    touches.bags = sorted.allocate(call, touches.num_occurrences);
+    touches.bags = sorted.allocate<uint32_t>(call, touches.num_occurrences);
     touches.shifts = sorted.allocate(call, call.at.num_features);
     launch(shift_kernel<Map>, call.at.num_features, 1, batch, touches.shifts);
   }
@@ -262,12 +347,24 @@ SlotSums<Lookup> sums_of_slots(const Launch& launch, const Call& call, const Loo
   return {lookup, touches, partial, reach};
 }
 
+// Calls function(what touches pass back): `Shares` where that is all, else the lookup.
+template <typename Lookup, typename Function>
+void with_passed_back(const Call& call, const Lookup& lookup, Function function) {
+  const bool reads_others = call.at.probes > 1 && (call.combine == kMultiply || call.combine == kWeighted);
+  if (reads_others || call.sample_weights || call.pooling == kMax) {
+    function(lookup);
+  } else {
+    function(Shares<typename Lookup::weight_t>(lookup));
+  }
+}
+
 // For each touch that begins a slot: the units of all slots up to it [M]; the last is how many units are touched.
-template <typename Map>
-int64_t* number_rows(const Launch& launch, const Call& call, const Batch<Map>& batch, SortedTouches& sorted) {
+template <typename Lookup>
+int64_t* number_rows(const Launch& launch, const Call& call, const Lookup& lookup, SortedTouches& sorted) {
+  using Widths = Shares<typename Lookup::weight_t>;
   const int64_t count = sorted.touches.count;
   auto* rows = sorted.allocate(call, count);
-  launch(rows_kernel<Map>, count, 1, batch, sorted.touches, rows);
+  launch(rows_kernel<Widths>, count, 1, Widths(lookup), sorted.touches, rows);
   with_scratch(call, [&](void* memory, size_t& bytes) {
     return cub::DeviceScan::InclusiveSum(memory, bytes, rows, rows, count, launch.stream());
   });

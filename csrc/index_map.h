@@ -10,8 +10,10 @@
 
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
 #else
 #define HOST_DEVICE inline __attribute__((always_inline))
+#define UNROLL
 #endif
 
 namespace embeddings {
