@@ -6,6 +6,8 @@
 namespace embeddings {
 namespace {
 
+constexpr int64_t kSamples = 4;  // of row_kernel
+
 // out [B, columns]
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
@@ -29,6 +31,49 @@ __global__ void __launch_bounds__(kThreads)
       store(out + bag.b * lookup.columns + table.column + d, v);
     });
   });
+}
+
+// The same for bags of one id, of which nothing is added: those of kSamples samples at a time, whose rows are on their
+// way together.
+template <typename Lookup>
+__global__ void __launch_bounds__(kThreads)
+    row_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int lanes) {
+  const Group group = group_of(lanes);
+  const Ids& at = lookup.at;
+  const int64_t times = (at.batch_size + kSamples - 1) / kSamples;
+  for (int64_t i = group.index; i < at.num_features * at.probes * times; i += group.count) {
+    const int64_t row = i / times, f = row / at.probes, first = i % times * kSamples;
+    const Table table = at.table(f, row % at.probes);
+    const bool has_bags = lookup.has_bags(f);
+    const int64_t begin = has_bags ? table.position * at.batch_size + first : 0;
+    if (!has_bags) lookup.note(kNoBags, f, first, table.position);
+    bool reads[kSamples];
+    uint64_t keys[kSamples];
+    UNROLL for (int s = 0; s < kSamples; ++s) {
+      reads[s] = has_bags && first + s < at.batch_size;
+      const int64_t id = reads[s] ? at.id(begin + s) : 0;
+      reads[s] = reads[s] && lookup.has_weights(f, begin + s, id);
+      keys[s] = lookup.map.key(table, id);
+    }
+    for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
+      const int width = static_cast<int>(table.width), chunk = d / width;
+      const typename Lookup::weight_t* from[kSamples];
+      bool negative[kSamples];
+      UNROLL for (int s = 0; s < kSamples; ++s) {
+        const Read read = lookup.map.read(table, keys[s], chunk);
+        negative[s] = read.negative;
+        from[s] = reads[s] ? lookup.slab + table.begin + read.slot * width + (d - chunk * width) : nullptr;
+      }
+      typename Lookup::real v[kSamples][pack];
+      load_all(from, v);
+      UNROLL for (int s = 0; s < kSamples; ++s) {
+        if (first + s >= at.batch_size) break;
+        negate_if(reads[s] && negative[s], v[s]);
+        if (lookup.sample_weights && reads[s]) scale(v[s], lookup.sample_weights[begin + s]);
+        store(out + (first + s) * lookup.columns + table.column + d, v[s]);
+      }
+    });
+  }
 }
 
 // out [B, columns] if given; argmax [B, columns], the position of each maximum (-1 in an empty bag), if given. The
@@ -65,10 +110,13 @@ void forward(const Launch& launch, const Call& call, Tensor& out) {
     const int64_t work = typical.parts * call.at.batch_size;
     auto* to = out.mutable_data_ptr<typename Lookup::real>();
     if (call.pooling == kMax) {
-      launch(max_kernel<Lookup>, work, typical.vector_lanes(), lookup, to, nullptr);
-    } else {
-      launch(sum_kernel<Lookup>, work, typical.vector_lanes(), lookup, to);
+      return launch(max_kernel<Lookup>, work, typical.vector_lanes(), lookup, to, nullptr);
     }
+    if constexpr (!Lookup::kAdds) {
+      const int64_t times = (call.at.batch_size + kSamples - 1) / kSamples;
+      if (!call.offsets) return launch(row_kernel<Lookup>, typical.parts * times, typical.vector_lanes(), lookup, to);
+    }
+    launch(sum_kernel<Lookup>, work, typical.vector_lanes(), lookup, to);
   });
 }
 

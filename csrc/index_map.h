@@ -100,7 +100,7 @@ struct PartitionMap {
   HOST_DEVICE Read read(const Table&, uint64_t key, int64_t) const { return {static_cast<int64_t>(key), false}; }
 };
 
-// The numbers that name a map in the operators' schema: IndexMap in embeddings/ops.py.
+// The numbers that name a map in the operators' schema: IndexMap in embeddings/kinds.py.
 enum IndexMap : int64_t { kPartition = 0, kMixed = 1, kSigned = 2, kAffine = 3, kMurmur3 = 4, kNumMaps = 5 };
 
 inline bool is_ranged(int64_t index_map) {

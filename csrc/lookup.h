@@ -89,6 +89,27 @@ __device__ void load(const number_t* from, real (&to)[kVector]) {
   }
 }
 
+// The same from several places, 0 where one is nullptr: no load waits for another.
+template <int kVector, int kPlaces, typename number_t, typename real>
+__device__ void load_all(const number_t* const (&from)[kPlaces], real (&to)[kPlaces][kVector]) {
+  using Numbers = Pack<number_t, kVector>;
+  Numbers packs[kPlaces] = {};
+  bool fits = true;
+  UNROLL for (int p = 0; p < kPlaces; ++p) fits = fits && Numbers::fits(from[p]);
+  if (fits) {
+    UNROLL for (int p = 0; p < kPlaces; ++p) {
+      if (from[p]) packs[p] = *reinterpret_cast<const Numbers*>(from[p]);
+    }
+  } else {
+    UNROLL for (int p = 0; p < kPlaces; ++p) {
+      for (int i = 0; i < kVector; ++i) packs[p].at[i] = from[p] ? from[p][i] : number_t(0);
+    }
+  }
+  UNROLL for (int p = 0; p < kPlaces; ++p) {
+    for (int i = 0; i < kVector; ++i) to[p][i] = static_cast<real>(packs[p].at[i]);
+  }
+}
+
 template <int kVector, typename number_t, typename real>
 __device__ void store(number_t* to, const real (&from)[kVector]) {
   if (Pack<number_t, kVector>::fits(to)) {
@@ -207,16 +228,19 @@ struct Batch {
     }
   }
 
+  // Whether an id at position n has weights; notes one that has not.
+  __device__ bool has_weights(int64_t f, int64_t n, int64_t id) const {
+    if (!Map::ranged || (id >= 0 && id < at.table(f, 0).num_embeddings)) return true;
+    note(kBadId, f, n, id, at.table(f, 0).num_embeddings);
+    return false;
+  }
+
   // Calls function(n, id) for every id of the bag that has weights, in order.
   template <typename Function>
   __device__ void for_each_id(const Bag& bag, Function function) const {
     for (int64_t n = bag.begin; n < bag.end; ++n) {
       const int64_t id = at.id(n);
-      if (Map::ranged && (id < 0 || id >= at.table(bag.f, 0).num_embeddings)) {
-        note(kBadId, bag.f, n, id, at.table(bag.f, 0).num_embeddings);
-      } else {
-        function(n, id);
-      }
+      if (has_weights(bag.f, n, id)) function(n, id);
     }
   }
 };
@@ -229,6 +253,7 @@ struct Lookup : Batch<Map> {
   using weight_t = number_t;
   using real = typename Accumulator<weight_t>::type;
   using Batch<Map>::at, Batch<Map>::map, Batch<Map>::columns, Batch<Map>::combine, Batch<Map>::pooling;
+  static constexpr bool kAdds = kCombines;  // several probes' vectors to one
   struct Slot {
     const weight_t* numbers;
     bool negative;
