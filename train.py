@@ -210,7 +210,7 @@ def run_job(config: dict, folder: Path) -> None:
     with jobs.claim(folder) as is_ours:
         if not is_ours:
             print(f"{folder.name}: another process is at it")
-        elif jobs.is_completed(folder, config_hash(config)):
+        elif has_result(config, folder):
             print(f"{folder.name}: has its result")
         else:
             if config["resume"] != "auto":
@@ -240,7 +240,7 @@ def run_once(config: dict, folder: Path) -> float | None:
             stack.enter_context(held(folder))
         except ValueError as error:
             raise Busy(str(error)) from error
-        if config["resume"] == "auto" and jobs.is_completed(folder, config_hash(config)):
+        if config["resume"] == "auto" and has_result(config, folder):
             summary = json.loads((folder / "summary.json").read_text())
             if summary["checkpoint_error"] is None:
                 print(f"{folder}: this run has its result, of step {summary['steps']:,}")
@@ -256,6 +256,18 @@ def run_once(config: dict, folder: Path) -> float | None:
     if summary["checkpoint_error"] is not None and HydraConfig.get().mode == RunMode.RUN:
         raise OSError(f"the results are there, but no checkpoint of the last weights: {summary['checkpoint_error']}")
     return summary["last"]["eval/auc"]
+
+
+def has_result(config: dict, folder: Path) -> bool:
+    """Whether a folder has this run's result. Raises ConfigError if it has that of another configuration or data."""
+
+    def fingerprint() -> str:
+        with refusals():
+            return build("data", config["data"]).fingerprint
+
+    several = HydraConfig.get().mode == RunMode.MULTIRUN
+    key = "hydra.sweep.dir" if several else "hydra.run.dir"
+    return jobs.is_completed(folder, config_hash(config), fingerprint, key=key)
 
 
 def is_search() -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -92,15 +92,22 @@ def claim(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def is_completed(folder: Path, config_hash: str) -> bool:
-    """Whether a folder has the result of this configuration. Raises ConfigError if it has another one's."""
+def is_completed(folder: Path, config_hash: str, fingerprint: Callable[[], str], *, key: str) -> bool:
+    """Whether a folder has the result of this configuration and data. Raises ConfigError if it has another one's.
+
+    fingerprint: gives that of the data, asked for only where there is a result. key: which names the folder."""
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         summary = json.loads((folder / "summary.json").read_text())
         if summary["status"] == "completed":
             if summary["config_hash"] != config_hash:
                 raise ConfigError(
                     f"{folder} has the result of another configuration (its resolved.yaml says which): "
-                    "name another hydra.sweep.dir"
+                    f"name another {key}"
+                )
+            if (had := summary["data_fingerprint"]) != (now := fingerprint()):
+                raise ConfigError(
+                    f"{folder} has the result of other data (fingerprint {had}, now {now}): "
+                    f"name another {key}, or bring back the data as they were"
                 )
             return True
     return False

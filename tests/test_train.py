@@ -715,6 +715,42 @@ def test_a_sweeps_folder_with_the_result_of_another_configuration_is_refused_and
     assert file.read_text() == kept
 
 
+@pytest.fixture
+def clicks(tmp_path) -> list[str]:
+    """The arguments for a table of 600 made-up rows, clicks.csv."""
+    rows = "".join(f"{i % 3 // 2},{i},{i % 50}\n" for i in range(600))
+    (tmp_path / "clicks.csv").write_text(f"click,user,site\n{rows}")
+    return [
+        "data=table",
+        "data.path=clicks.csv",
+        "data.label=click",
+        "data.categorical=[user,site]",
+        "data.cache=cache",
+    ]
+
+
+def halve(file: Path) -> None:
+    """Other data in the same file."""
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: len(lines) // 2]))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+def test_the_result_of_other_data_in_the_same_file_is_refused_and_kept(sweep, cli, clicks, tmp_path):
+    one = [argument for argument in ONE if argument not in SMALL + TINY]
+    more = [*one, "compression=0.5"] if sweep else ["resume=auto", "hydra.run.dir=run"]
+    command = [*clicks, *more, "dense_below=0", "trainer.max_steps=2"]
+    assert cli(*command)[0] == 0
+    (file,) = tmp_path.rglob("summary.json")
+    kept, had = file.read_text(), summary_of(file.parent)["data_fingerprint"]
+    halve(tmp_path / "clicks.csv")
+    status, _, err = cli(*command)
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    assert status == 2 and f"has the result of other data (fingerprint {had}, now " in err and f"another {key}" in err
+    assert file.read_text() == kept and list(tmp_path.rglob("summary.json")) == [file]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -239,14 +239,22 @@ def test_what_an_attempt_left_is_set_aside_and_never_overwritten(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".hydra", "lock", "attempt-1", "attempt-2"}
 
 
-def test_only_a_completed_run_of_the_same_configuration_counts_as_done(tmp_path):
-    assert not jobs.is_completed(tmp_path, "1234")
+def test_only_a_completed_run_of_the_same_configuration_and_data_counts_as_done(tmp_path):
+    def is_completed(config_hash="1234", fingerprint="ab"):
+        return jobs.is_completed(tmp_path, config_hash, lambda: fingerprint, key="hydra.run.dir")
+
+    summary = {"config_hash": "1234", "data_fingerprint": "ab"}
+    assert not is_completed()
     (tmp_path / "summary.json").write_text('{"status": "comp')
-    assert not jobs.is_completed(tmp_path, "1234")
+    assert not is_completed()
     for status in ("interrupted", "failed: disk full"):
-        (tmp_path / "summary.json").write_text(json.dumps({"status": status, "config_hash": "1234"}))
-        assert not jobs.is_completed(tmp_path, "1234")
-    (tmp_path / "summary.json").write_text(json.dumps({"status": "completed", "config_hash": "1234"}))
-    assert jobs.is_completed(tmp_path, "1234")
-    with pytest.raises(ConfigError, match="result of another configuration"):
-        jobs.is_completed(tmp_path, "5678")
+        (tmp_path / "summary.json").write_text(json.dumps(summary | {"status": status}))
+        assert not is_completed("5678", "cd")
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"status": "completed"}))
+    assert is_completed()
+    with pytest.raises(ConfigError, match=r"result of another configuration .*: name another hydra\.run\.dir"):
+        is_completed("5678")
+    with pytest.raises(
+        ConfigError, match=r"result of other data \(fingerprint ab, now cd\): name another hydra\.run\.dir"
+    ):
+        is_completed(fingerprint="cd")
