@@ -26,6 +26,7 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra._internal.utils import get_args
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -57,10 +58,10 @@ def main() -> int:
     try:
         if named and named[-1] != "null":
             return sweep(named[-1], arguments)
-        check_folders(arguments)
+        folder = check_folder(arguments)
         if is_multirun(arguments):
             return several(arguments)
-        with refused_without_a_trace(arguments):
+        with refused_without_a_trace(folder):
             run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -162,15 +163,14 @@ def run_folder(resume: str | None, path: str) -> str:
 
 
 @contextlib.contextmanager
-def refused_without_a_trace(arguments: list[str]) -> Iterator[None]:
-    """Under resume=auto in a folder that is named: if the run is refused, .hydra is as it was before hydra came."""
-    named = [argument.partition("=")[2] for argument in arguments if jobs.key_of(argument) == "hydra.run.dir"]
-    files = list(Path(named[-1], ".hydra").glob("*")) if named else []
-    before = {file: file.read_bytes() for file in files}
+def refused_without_a_trace(folder: Path | None) -> Iterator[None]:
+    """In the folder of a run that may go on: if it is refused, .hydra is as it was before hydra came."""
+    before = {file: file.read_bytes() for file in folder.glob(".hydra/*")} if folder is not None else {}
     try:
         yield
     except (ConfigError, HydraException, OmegaConfBaseException):
         for file, content in before.items():
+            file.parent.mkdir(exist_ok=True)
             file.write_bytes(content)
         raise
 
@@ -573,15 +573,38 @@ def build(key: str, node: dict):
     return instantiate(node)
 
 
-def check_folders(arguments: list[str]) -> None:
-    """Runs are never overwritten. This comes before hydra starts, since hydra writes .hydra into the folder."""
+def check_folder(arguments: list[str]) -> Path | None:
+    """The folder that a command line names, or None. Raises ConfigError if it is not empty: runs are never overwritten.
+
+    This comes before hydra starts, since hydra writes .hydra into the folder."""
     for argument in arguments:
-        key, _, folder = argument.partition("=")
-        if key == "hydra.mode":
+        if jobs.key_of(argument) == "hydra.mode":
             raise ConfigError(f"{argument}: several runs are python train.py -m ...")
-        is_run = key == "hydra.run.dir" and "resume=auto" in arguments and Path(folder, ".hydra").is_dir()
-        if key in ("hydra.run.dir", "hydra.sweep.dir") and any(Path(folder).glob("*")) and not is_run:
-            raise ConfigError(f"{argument}: that folder is not empty, and runs are not overwritten; name a new one")
+    if is_multirun(arguments):
+        key, folder, goes_on = "hydra.sweep.dir", jobs.said_folder(arguments), False
+    else:
+        key, (folder, goes_on) = "hydra.run.dir", composed_folder(arguments)
+    if folder is not None and any(folder.glob("*")) and not (goes_on and (folder / ".hydra").is_dir()):
+        raise ConfigError(f"{key}={folder}: that folder is not empty, and runs are not overwritten; name a new one")
+    return folder
+
+
+def composed_folder(arguments: list[str]) -> tuple[Path | None, bool]:
+    """hydra.run.dir by hydra's own reading of a command line, and whether the run there may go on (resume=auto).
+
+    None where a new folder is made for the run, or there is no run, as of --help."""
+    asked = get_args(arguments)
+    if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
+        return None, False
+    more = [f"hydra.searchpath=[file://{Path(asked.config_dir).resolve()}]"] if asked.config_dir else []
+    conf = str(Path(CONF.parent, asked.config_path or CONF).resolve())
+    with hydra.initialize_config_dir(conf, version_base="1.3", job_name=Path(__file__).stem):
+        config = hydra.compose(asked.config_name or "config", [*asked.overrides, *more], return_hydra_config=True)
+    goes_on = config.get("resume") == "auto"
+    if not goes_on and "${run_folder:" in str(OmegaConf.to_container(config.hydra.run)["dir"]):
+        return None, False
+    HydraConfig.instance().set_config(config)  # for ${hydra:...}
+    return Path(str(config.hydra.run.dir)), goes_on
 
 
 if __name__ == "__main__":

@@ -449,6 +449,36 @@ def test_a_run_folder_is_never_overwritten(cli, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".held"}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "spelling",
+    ["hydra.run.dir='run 5'", "++hydra.run.dir=run 5", "hydra.run.dir='run ${seed}'"],
+)
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_however_a_folder_is_spelt_nothing_in_it_is_overwritten(resume, spelling, cli, tmp_path):
+    (tmp_path / "run 5").mkdir()
+    (tmp_path / "run 5/summary.json").write_text("my own")
+    status, _, err = cli(*SMALL, "seed=5", f"resume={resume}", spelling)
+    assert status == 2 and "hydra.run.dir=run 5: that folder is not empty" in err
+    assert contents(tmp_path / "run 5") == {tmp_path / "run 5/summary.json": b"my own"}
+
+
+@pytest.mark.once
+def test_a_refused_command_leaves_the_records_of_a_run_whose_folder_is_interpolated(cli, tmp_path):
+    command = [*SMALL, "seed=5", "compression=1", "trainer.max_steps=2", "resume=auto", "hydra.run.dir='run_${seed}'"]
+    assert cli(*command)[0] == 0
+    before = contents(tmp_path / "run_5")
+    status, _, err = cli(*command, "embedding=hashed", "compression=0.1")
+    assert (
+        status == 2 and "run_5 has the result of another configuration" in err and "name another hydra.run.dir" in err
+    )
+    assert contents(tmp_path / "run_5") == before
+
+
 @pytest.mark.once
 def test_a_refused_run_leaves_no_folder(cli, tmp_path):
     assert cli("compression=2")[0] == 2
