@@ -42,7 +42,7 @@ from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
 from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
-from dlrm.resume import find_start, identity, rows_to_keep
+from dlrm.resume import check_not_over, find_start, identity, rows_to_keep
 from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
@@ -305,6 +305,8 @@ def train(config: dict, folder: Path) -> dict:
         native.load(config["native"])
     with refusals():
         dataset.prepare(backends.take_any_id(dataset.feature_names))
+        if start is not None:
+            check_not_over(start, settings.num_steps(dataset.num_samples["train"]))
         chosen = backends.choose(dataset.cardinalities)
         dataset.prepare({feature for feature, backend in chosen.items() if not backend.ranged})
         if is_search() and not dataset.num_samples["valid"]:
@@ -324,10 +326,10 @@ def train(config: dict, folder: Path) -> dict:
         embedding_optimizer = make_embedding(bags.parameters())
         if fused:
             bags.fuse(embedding_optimizer)
-        (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         after = rows_to_keep(folder, start) if config["resume"] == "auto" else None
         known = facts(config) | {"linear": library, "fused": fused}
         log = RunLog(folder, facts=known, hparams=hparams(config), after=after)
+        (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     say_what_is_replaced(bags, config)
     with refusals():
         trainer = Trainer(
@@ -471,8 +473,11 @@ def check_root(config: dict) -> None:
             raise ConfigError(f"{key} is no key; the keys are {some(allowed)}" + near(key, allowed))
     if (fused := config["optimizer"].get("fused")) not in ("auto", True, False):
         raise ConfigError(f"optimizer.fused={fused}: must be one of auto, true, false")
-    if not isinstance(config["resume_despite"], list):
-        raise ConfigError(f"resume_despite={config['resume_despite']}: must be a list of keys, resume_despite=[seed]")
+    despite = config["resume_despite"]
+    if not isinstance(despite, list) or not all(isinstance(key, str) for key in despite):
+        raise ConfigError(f"resume_despite={despite}: must be a list of keys, resume_despite=[seed]")
+    if not isinstance(config["resume"], str | None):
+        raise ConfigError(f"resume={config['resume']}: must be never, auto or the path of a run")
     for key in ("features", "trainer", "checkpoint"):
         if not isinstance(config[key], dict):
             raise ConfigError(f"{key}={config[key]}: must be a group of keys, {key}.NAME=...")

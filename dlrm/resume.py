@@ -1,10 +1,11 @@
 """Where a run goes on from, and whether that is the same run."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dlrm import checkpoint
+from dlrm.refusals import near, some
 
 
 def identity(config: dict) -> dict:
@@ -27,19 +28,51 @@ def find_start(config: dict, folder: Path, fingerprint: str) -> Path | None:
     """The checkpoint from which the run in a folder goes on, all its bytes read, or None if it begins anew.
 
     fingerprint: of its data. Raises ValueError if it cannot go on from there."""
-    resume = config["resume"]
+    resume, same = config["resume"], json.loads(json.dumps(identity(config)))
     if resume in (None, "never"):
+        check_despite(config["resume_despite"], same)
         return None
     if resume == "auto" and not checkpoint.all_in(folder):
         if (folder / "metrics.jsonl").exists():
             print(f"{folder}: this run ended before its first checkpoint and begins anew")
+        check_despite(config["resume_despite"], same)
         return None
     start = checkpoint.newest_whole(folder if resume == "auto" else resume)
     counters = checkpoint.read_counters(start)
-    same = json.loads(json.dumps(identity(config)))
+    check_despite(config["resume_despite"], same, counters.get("identity", {}))
     check_same_run(start, counters, same, fingerprint, config["resume_despite"])
     print(f"goes on from step {counters['step']:,} ({start})")
     return start
+
+
+def check_despite(keys: Iterable[str], *identities: dict) -> None:
+    """Raises ValueError, with the nearest that is, for a key that is none of these nested dicts."""
+    allowed = list(dict.fromkeys(key for identity in identities for key in dotted(identity)))
+    for key in keys:
+        if key not in allowed:
+            words = some(key for key in allowed if "." not in key)
+            raise ValueError(f"resume_despite=[{key}]: must be of {words}, or a key of those{near(key, allowed)}")
+
+
+def dotted(node: dict, prefix: str = "") -> Iterator[str]:
+    """The keys of nested dicts, those of inner ones after their own."""
+    for name, value in node.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+
+
+def check_not_over(start: Path, num_steps: int) -> None:
+    """Raises ValueError where a longer run's checkpoint has no step left for one of num_steps steps.
+
+    The last one of an equally long run has its evaluation to do."""
+    counters = checkpoint.read_counters(start)
+    step, that = counters["step"], counters.get("num_steps", counters["step"])
+    if num_steps <= step and num_steps < that:
+        raise ValueError(
+            f"{start} is of step {step:,}, and this run ends after {num_steps:,} steps: nothing is left to train; "
+            f"trainer.max_steps and trainer.epochs must allow more than {step:,}"
+        )
 
 
 def rows_to_keep(folder: Path, start: Path | None) -> int | None:

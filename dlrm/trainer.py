@@ -372,6 +372,7 @@ class Trainer:
         self.log.flush()  # records are never behind a checkpoint
         return {
             "step": self.step,
+            "num_steps": self.num_steps,
             "epoch": self.epoch,
             "sample": self.sample,
             "fingerprint": self.dataset.fingerprint,

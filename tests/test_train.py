@@ -324,6 +324,19 @@ def test_a_changed_configuration_is_refused_unless_allowed_by_name_and_nothing_i
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("num_steps", [3, 4])
+def test_a_run_that_is_past_the_new_end_is_refused_and_can_still_go_on(num_steps, cli, tmp_path, dies_after):
+    dies_after(5)
+    with pytest.raises(Death):
+        cli(*AUTO)
+    before = contents(tmp_path / "run")
+    status, _, err = cli(*AUTO, f"trainer.max_steps={num_steps}")
+    assert status == 2 and "step_000000004 is of step 4, and this run ends after" in err and "trainer.max_steps" in err
+    assert contents(tmp_path / "run") == before
+    assert cli(*AUTO)[0] == 0 and summary_of(tmp_path / "run")["steps"] == 8
+
+
+@pytest.mark.once
 def test_a_damaged_checkpoint_is_said_and_the_one_before_used(cli, tmp_path, dies_after):
     dies_after(5)
     with pytest.raises(Death):
@@ -577,6 +590,10 @@ REFUSED = [
     (["+optimizer.dense.foo=1"], ["optimizer.dense.foo", "lr"]),
     (["optimizer/dense=adam", "optimizer.dense._target_=torch.optim.LBFGS"], ["optimizer.dense"]),
     (["features=3"], ["features=3"]),
+    (["resume=true"], ["resume=True", "never, auto or the path"]),
+    (["resume_despite=[1,2]"], ["resume_despite=[1, 2]", "list of keys"]),
+    (["resume_despite=[sed]"], ["resume_despite=[sed]", "compression", "did you mean seed?"]),
+    (["resume_despite=[trainer.batch_size]"], ["trainer.batch_size", "did you mean batch_size?"]),
     (["features.C3.compression=0.05"], ["+features.C3.compression"]),
 ]
 
