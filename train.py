@@ -41,7 +41,18 @@ from dlrm import expected, jobs, linear
 from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
-from dlrm.refusals import CONF, ConfigError, check_keys, check_number, explain, groups, keys_below, near, some
+from dlrm.refusals import (
+    CONF,
+    ConfigError,
+    check_keys,
+    check_number,
+    check_types,
+    explain,
+    groups,
+    keys_below,
+    near,
+    some,
+)
 from dlrm.resume import check_not_over, find_start, identity, rows_to_keep
 from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
 from dlrm.settings import TrainerSettings
@@ -294,12 +305,12 @@ def train(config: dict, folder: Path) -> dict:
         if not reset_peak(config["device"]):
             print("memory/peak_bytes is since the process began: this system cannot restart it")
         dataset = build("data", config["data"])
+        make_model = build("model", config["model"])
         backends = Backends(config, dataset.feature_names)
         if settings.average_from is not None:
             backends.refuse_16_bits(f"trainer.average_from={settings.average_from}: the mean would be rounded away")
         make_dense, make_embedding = optimizers(config["optimizer"], config["device"])
         backends.refuse_auto(make_embedding([torch.zeros(1, 1)]))
-        make_model = build("model", config["model"])
         make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
         start = find_start(config, folder, dataset.fingerprint)
         native.load(config["native"])
@@ -570,11 +581,12 @@ def refusals(prefix: str = ""):
 
 
 def build(key: str, node: dict):
-    """hydra's instantiate, after checking that the target has every key of the node."""
-    check_keys(key, get_object(node["_target_"]), node)
-    for name, child in node.items():
-        if isinstance(child, dict) and "_target_" in child:
-            check_keys(f"{key}.{name}", get_object(child["_target_"]), child)
+    """hydra's instantiate, after checking that the target has every key of the node and takes its values."""
+    inner = {f"{key}.{n}": child for n, child in node.items() if isinstance(child, dict) and "_target_" in child}
+    for place, one in {key: node, **inner}.items():
+        target = get_object(one["_target_"])
+        check_keys(place, target, one)
+        check_types(place, target, one)
     return instantiate(node)
 
 

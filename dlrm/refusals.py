@@ -3,13 +3,19 @@
 import difflib
 import inspect
 import itertools
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
 
 import yaml
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 class ConfigError(Exception):
@@ -24,6 +30,44 @@ def check_keys(key: str, target, node: dict) -> None:
             raise ConfigError(
                 f"{key}.{name}: {target.__name__} has no such key; it has {some(allowed)}{near(name, allowed)}"
             )
+
+
+def check_types(key: str, target, node: dict) -> None:
+    """Refuse a value of the node that is not what the target's constructor says it takes."""
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in node and (allowed := _kinds(parameter.annotation)):
+            if not any(_is(node[name], kind) for kind in allowed):
+                words = " or ".join(dict.fromkeys(_word(kind) for kind in allowed))
+                raise ConfigError(f"{key}.{name}={_spelt(node[name])}: must be {words}")
+
+
+def _kinds(annotation) -> list:
+    """The alternatives of an annotation that a config can hold and this can judge: scalars and lists of numbers."""
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    known = [a for a in alternatives if a in WORDS or (_item(a) in (int, float))]
+    return known if set(known) != {NoneType} else []
+
+
+def _item(annotation) -> object:
+    """What a list of this annotation has: int of Sequence[int] and of tuple[int, ...]; None if it is no list."""
+    return get_args(annotation)[0] if get_origin(annotation) in (Sequence, tuple, list) else None
+
+
+def _is(value: object, kind) -> bool:
+    if kind not in WORDS:
+        return isinstance(value, list) and all(_is(one, _item(kind)) for one in value)
+    if kind is str:  # what null means is for the owner to say
+        return isinstance(value, str | None)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _spelt(value: object) -> str:
+    """As a command line has it."""
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
+
+
+def _word(kind) -> str:
+    return WORDS[kind] if kind in WORDS else f"a list of {WORDS[_item(kind)].removeprefix('a ')}s"
 
 
 def check_number(key: str, value, low: float, high: float, *, whole: bool = False) -> None:

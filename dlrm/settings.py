@@ -91,7 +91,7 @@ def _check_share(name: str, value: object) -> None:
 def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     _check_choice("device", device.type if device else name, ("cpu", "cuda"))
     if device.type == "cpu":
