@@ -3,7 +3,7 @@
 #include "cpu_reader.h"
 #include "cpu_sums.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 namespace {
 
 // --- bags of one probe's rows ----------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ void bag_into(Tensor out, const Tensor& weights, const Tensor& ids, std::optiona
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu
 
 STABLE_TORCH_LIBRARY_IMPL(embeddings, CPU, m) {
   m.impl("bag", TORCH_BOX(&embeddings::bag));

@@ -3,7 +3,7 @@
 // width allows.
 #include "cuda_call.h"
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 namespace {
 
 constexpr int64_t kSamples = 4;  // of row_kernel
@@ -162,7 +162,7 @@ std::optional<Tensor> argmax_of(const Launch& launch, const Call& call) {
   return argmax;
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda
 
 STABLE_TORCH_LIBRARY_IMPL(EMBEDDINGS_LIBRARY, EMBEDDINGS_DEVICE, m) {
   m.impl("bag", TORCH_BOX(&embeddings::bag));

@@ -3,7 +3,7 @@
 
 #include "cpu_gradient.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 namespace {
 
 // Writes sums to a slice of the slab's gradient.
@@ -156,7 +156,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu
 
 STABLE_TORCH_LIBRARY_IMPL(embeddings, CPU, m) {
   m.impl("bag_backward", TORCH_BOX(&embeddings::bag_backward));

@@ -3,20 +3,36 @@
 
 #include "cuda_touches.h"
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 namespace {
 
 // --- gradients by atomics --------------------------------------------------------------------------------------------
 
-// to[i] += v[i]. Threads of a warp that meet at one slot, as those of a hot id do, add up first and then write once.
+// to[i] += v[i], four at once where the device has that: else each would be a transaction of its own.
+template <typename real, int kVector>
+__device__ void add_each(real* to, const real (&v)[kVector]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<real, float> && kVector % 4 == 0) {
+    if (Pack<float, 4>::fits(to)) {
+      for (int i = 0; i < kVector; i += 4) {
+        atomicAdd(reinterpret_cast<float4*>(to + i), make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]));
+      }
+      return;
+    }
+  }
+#endif
+  for (int i = 0; i < kVector; ++i) atomicAdd(to + i, v[i]);
+}
+
+// The same; threads of a warp that meet at one slot, as those of a hot id do, add up first and then write once.
 template <typename real, int kVector>
 __device__ void add_atomically(real* to, const real (&v)[kVector]) {
   namespace cg = cooperative_groups;
   const auto group = cg::labeled_partition(cg::coalesced_threads(), to);
-  for (int i = 0; i < kVector; ++i) {
-    const real sum = group.size() == 1 ? v[i] : cg::reduce(group, v[i], cg::plus<real>());
-    if (group.thread_rank() == 0 && sum != real(0)) atomicAdd(to + i, sum);
-  }
+  if (group.size() == 1) return add_each(to, v);
+  real sum[kVector];
+  for (int i = 0; i < kVector; ++i) sum[i] = cg::reduce(group, v[i], cg::plus<real>());
+  if (group.thread_rank() == 0) add_each(to, sum);
 }
 
 // to [S, Z] += every contribution, in no fixed order.
@@ -172,7 +188,7 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda
 
 STABLE_TORCH_LIBRARY_IMPL(EMBEDDINGS_LIBRARY, EMBEDDINGS_DEVICE, m) {
   m.impl("bag_backward", TORCH_BOX(&embeddings::bag_backward));

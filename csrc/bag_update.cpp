@@ -2,7 +2,7 @@
 #include "cpu_gradient.h"
 #include "update.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 namespace {
 
 // Applies sums to the slots of a slice.
@@ -182,7 +182,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu
 
 STABLE_TORCH_LIBRARY_IMPL(embeddings, CPU, m) {
   m.impl("bag_update", TORCH_BOX(&embeddings::bag_update));

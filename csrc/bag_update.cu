@@ -3,7 +3,7 @@
 #include "cuda_touches.h"
 #include "update.h"
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 namespace {
 
 // What a step moves.
@@ -288,7 +288,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda
 
 STABLE_TORCH_LIBRARY_IMPL(EMBEDDINGS_LIBRARY, EMBEDDINGS_DEVICE, m) {
   m.impl("bag_update", TORCH_BOX(&embeddings::bag_update));

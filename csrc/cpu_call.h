@@ -9,7 +9,7 @@
 
 #include "bag.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 
 using torch::stable::parallel_for;
 
@@ -161,4 +161,4 @@ HOST_DEVICE bool valid_bag(const Call& call, int64_t f, int64_t b, FirstError& e
   return false;
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu

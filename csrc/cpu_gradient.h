@@ -8,7 +8,7 @@
 #include "cpu_sums.h"
 #include "cpu_touches.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 
 // --- what a touch adds, whatever the map, the probes and how they are combined ---------------------------------------
 
@@ -349,4 +349,4 @@ inline std::vector<int64_t> sort_and_count(Touches& touches, const std::vector<S
   return starts;
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <utility>
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 
 #ifdef __AVX512F__
 constexpr int64_t kPackBytes = 64;
@@ -54,4 +54,4 @@ void transpose(Pack<real> (&packs)[kLanes<real>]) {
   }
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu

@@ -3,7 +3,7 @@
 
 #include "cpu_call.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 
 // Numbers of one slot, in the accumulator's type.
 template <typename weight_t>
@@ -155,4 +155,4 @@ void max_of_bag(const Call& call, Reader& reader, int64_t f, int64_t b, real* be
   if (argmax) std::fill_n(argmax, call.length(f), int64_t(-1));
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu

@@ -9,7 +9,7 @@
 
 #include "bag.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 
 // --- numbers in registers --------------------------------------------------------------------------------------------
 
@@ -189,4 +189,4 @@ class OrderedNumber {
   OrderedSum<real, 1> sum_{1};
 };
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu

@@ -6,7 +6,7 @@
 
 #include "cpu_call.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 
 inline int bits_of(int64_t number) {
   return static_cast<int>(std::bit_width(static_cast<uint64_t>(number)));
@@ -224,4 +224,4 @@ class Touches {
   std::unique_ptr<uint64_t[]> touches_;
 };
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu

@@ -10,7 +10,7 @@
 
 #include "lookup.h"
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 
 #ifdef EMBEDDINGS_THREADS_OF_BLOCK
 constexpr int kThreads = EMBEDDINGS_THREADS_OF_BLOCK;
@@ -140,4 +140,4 @@ void with_lookup(const Call& call, const std::optional<Tensor>& grad, const std:
   });
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda

@@ -6,7 +6,7 @@
 
 #include "cuda_call.h"
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 
 // A touch is one chunk of one probe of an id. Its number: (occurrence * K + probe) * chunks + chunk. Occurrences number
 // the slab's ids by feature, sample and position: without offsets they are the bags f * B + b, with offsets the
@@ -371,4 +371,4 @@ int64_t* number_rows(const Launch& launch, const Call& call, const Lookup& looku
   return rows;
 }
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda

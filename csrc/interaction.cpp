@@ -8,7 +8,7 @@
 
 #include "cpu_packs.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 namespace {
 
 using torch::stable::parallel_for;
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Te
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu
 
 STABLE_TORCH_LIBRARY_IMPL(embeddings, CPU, m) {
   m.impl("dot_interaction", TORCH_BOX(&embeddings::dot_interaction));

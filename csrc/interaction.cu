@@ -17,7 +17,7 @@ using torch::stable::accelerator::DeviceGuard;
 #include "cuda_on_host.h"
 #endif
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 namespace {
 
 constexpr int kThreads = 256;  // the most of a block
@@ -386,7 +386,7 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Te
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda
 
 STABLE_TORCH_LIBRARY_IMPL(EMBEDDINGS_LIBRARY, EMBEDDINGS_DEVICE, m) {
   m.impl("dot_interaction", TORCH_BOX(&embeddings::dot_interaction));

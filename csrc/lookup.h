@@ -18,7 +18,7 @@ using torch::stable::accelerator::DeviceGuard;
 #include "cuda_on_host.h"
 #endif
 
-namespace embeddings {
+namespace embeddings::inline cuda {
 
 // --- errors without a host synchronisation ---------------------------------------------------------------------------
 
@@ -359,4 +359,4 @@ struct Lookup : Batch<Map> {
   }
 };
 
-}  // namespace embeddings
+}  // namespace embeddings::inline cuda

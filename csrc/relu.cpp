@@ -5,7 +5,7 @@
 #include "cpu_call.h"
 #include "cpu_packs.h"
 
-namespace embeddings {
+namespace embeddings::inline cpu {
 namespace {
 
 constexpr int64_t kSide = kLanes<float>;  // of a square of numbers that registers hold
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tenso
 }
 
 }  // namespace
-}  // namespace embeddings
+}  // namespace embeddings::inline cpu
 
 STABLE_TORCH_LIBRARY_IMPL(embeddings, CPU, m) {
   m.impl("relu_backward", TORCH_BOX(&embeddings::relu_backward));
