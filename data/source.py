@@ -53,7 +53,8 @@ class Source:
 def open_source(
     path: Path, *, delimiter: str | None, quote: str | None, header: bool, columns: Sequence[str] | None
 ) -> Source:
-    """A Source with the names of its columns, from its first line or its Parquet schema; nothing else is read.
+    """A Source with the names of its columns, from its first line or its Parquet schema; nothing else is read. A column
+    without a name, as that of the index in pandas' files, is called column1, column2, ... by its place.
     delimiter: None chooses by the file's name (`DELIMITERS`, else a comma). quote: None is '"' with a comma, else none.
     Raises ValueError if there is no such file, it is empty, or its first line does not fit the columns."""
     if not path.is_file():
@@ -67,7 +68,7 @@ def open_source(
     found = first_row(path, delimiter, quote)
     if columns is None and header:
         columns = [m.group(1) if (m := TYPED_HEADER.fullmatch(c)) else c for c in found]
-    columns = list(columns or [f"column{i + 1}" for i in range(len(found))])
+    columns = [name or f"column{i}" for i, name in enumerate(columns or [""] * len(found), 1)]
     if len(columns) != len(found):
         raise ValueError(
             f"{path}:1: {len(found)} columns with data.delimiter={delimiter!r}, but data.columns names {len(columns)}"

@@ -176,6 +176,18 @@ def test_columns_may_be_named_where_there_is_no_header(table):
     assert samples_of(dataset, "test") == [([3.0], [[0]], 0.0)]
 
 
+@pytest.mark.parametrize("text", [",y,d,c\n0,1,2,a\n1,0,3,b\n", '""'",y,d,c\n0,1,2,a\n1,0,3,b\n"])
+def test_a_column_without_a_name_is_called_by_its_place(table, text, capsys):
+    assert samples_of(table(text), "test") == [([3.0], [[0]], 0.0)]
+    assert table(text, categorical=["column1"]).cardinalities == {"column1": 2}
+    assert samples_of(table("y,d,c,\n1,2,a,\n0,3,b,\n", name="trailing.csv"), "test") == [([3.0], [[0]], 0.0)]
+    with pytest.raises(ValueError, match="no columns are named"):
+        table(text, label=None, dense={}, categorical=[])
+    assert "column1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="names occur twice: column1; name all of them in data.columns"):
+        table(text.replace("d", "column1"))
+
+
 def test_typed_headers_lose_their_types(table):
     dataset = table("y:float\td:float\tc:token\n1\t2\ta\n0\t3\tb\n", name="t.inter")
     assert dataset.feature_names == ["c"] and dataset.dense_names == ["d"]
