@@ -82,7 +82,7 @@ def open_source(
 def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
     """The fields of the first line of a text file, plain or compressed. Raises ValueError if there is none."""
     sql = (
-        f"SELECT line FROM read_csv({literal(path)}, auto_detect=false, header=false, delim='\x01', quote='', "
+        f"SELECT line FROM read_csv({one_file(path)}, auto_detect=false, header=false, delim='\x01', quote='', "
         "escape='', columns={'line': 'VARCHAR'}, strict_mode=false, ignore_errors=true) LIMIT 1"
     )
     try:
@@ -96,10 +96,16 @@ def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
     return row[0].split(delimiter)
 
 
+def one_file(path: Path) -> str:
+    """The arguments with which DuckDB reads this file alone: by default * ? [ in its name mean other files too, and a
+    folder named user=7 replaces the column user."""
+    return literal(re.sub(r"[*?[]", r"[\g<0>]", str(path))) + ", hive_partitioning=false"
+
+
 def describe(path: Path) -> list[tuple[str, str]]:
     """(name, SQL type) of each column of a Parquet file. Raises ValueError if it is none."""
     try:
-        rows = duckdb.execute(f"DESCRIBE SELECT * FROM read_parquet({literal(path)})").fetchall()
+        rows = duckdb.execute(f"DESCRIBE SELECT * FROM read_parquet({one_file(path)})").fetchall()
     except duckdb.Error as error:
         raise ValueError(f"data.path: {path} cannot be read: {error}") from None
     return [(row[0], row[1]) for row in rows]
@@ -125,11 +131,11 @@ def reading_sql(source: Source, types: Mapping[str, str]) -> str:
                 raise ValueError(f"{source.path}: column {name!r} has type {kind}; a number is needed")
             if kind.endswith("]") and name in types and name not in source.expressions:
                 raise ValueError(f"{source.path}: column {name!r} is a list ({kind}); name it in data.multi_valued")
-        return f"SELECT {select} FROM read_parquet({literal(source.path)})"
+        return f"SELECT {select} FROM read_parquet({one_file(source.path)})"
     kinds = {c: "VARCHAR" if c in source.expressions else types.get(c, "VARCHAR") for c in source.columns}
     columns = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in kinds.items())
     return (
-        f"SELECT {select} FROM read_csv({literal(source.path)}, auto_detect=false, header={source.header}, "
+        f"SELECT {select} FROM read_csv({one_file(source.path)}, auto_detect=false, header={source.header}, "
         f"delim={literal(source.delimiter)}, quote={literal(source.quote)}, escape={literal(source.quote)}, "
         f"columns={{{columns}}}, nullstr='', encoding={literal(source.encoding)}, store_rejects=true, "
         f"rejects_table='rejects', rejects_scan='rejects_scan', rejects_limit={MAX_ERRORS + 1})"

@@ -152,6 +152,18 @@ def test_every_format_gives_the_same_batches(table, tmp_path, name):
     assert samples_of(got, "test") == samples_of(want, "test")
 
 
+@pytest.mark.parametrize("name", ["t[1]", "t*", "t?", "{t,t1}", "d=9/t", "[t]*/t"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_named_file_alone_is_read_whatever_its_name(table, tmp_path, name, kind):
+    for other, dense in (("t1", 5), ("tt", 6), (name, 1)):
+        path = tmp_path / f"{other}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        rows = f"(VALUES (1, {dense}, 'a'), (0, 0, 'b')) v(y, d, c)"
+        duckdb.execute(f"COPY (SELECT * FROM {rows}) TO '{path}' (FORMAT {kind})")
+    dataset = table(None, name=f"{name}.{kind}")
+    assert samples_of(dataset, "train") == [([1.0], [[1]], 1.0)] and dataset.num_samples["test"] == 1
+
+
 def test_a_list_column_of_parquet_is_multi_valued(table, tmp_path):
     rows = (
         "(VALUES (1, 0.5, 'a', ['x', 'y']), (0, 1.0, 'b', []), (1, 2.0, 'a', NULL), (0, 3.0, 'a', ['y'])) v(y, d, c, m)"
