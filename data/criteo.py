@@ -10,7 +10,7 @@ import torch
 
 from data.batch import Batch
 from data.checks import check_choice, check_int, check_list
-from data.database import quoted
+from data.database import column_sql, quoted
 from data.dataset import FileDataset
 from data.encode import Schema
 from data.multi_hot import multi_hot
@@ -41,7 +41,7 @@ def schema_of(paths: Sequence[Path], *, dense: str, max_ind_range: int | None) -
         check_int("data.max_ind_range", max_ind_range, 1)
     columns = ("label", *DENSE, *CATEGORICAL)
     expressions = {c: hash_sql(c, max_ind_range) for c in CATEGORICAL}
-    checks = {c: (f"{quoted(c)} IS DISTINCT FROM {MALFORMED}", "must be 8 hex digits") for c in CATEGORICAL}
+    checks = {c: (f"{column_sql(c)} IS DISTINCT FROM {MALFORMED}", "must be 8 hex digits") for c in CATEGORICAL}
     sources = [open_source(path, delimiter="\t", quote="", header=False, columns=columns) for path in paths]
     main, *more = [replace(source, expressions=expressions, checks=checks) for source in sources]
     return Schema(

@@ -81,6 +81,12 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def column_sql(name: str) -> str:
+    """A column of a loaded table as an SQL identifier: prefixed, lest a column named rowid hide DuckDB's own, which is
+    the row's place, or another what a query makes."""
+    return quoted(f"column {name}")
+
+
 def literal(text: object) -> str:
     """The text as an SQL string."""
     return "'" + str(text).replace("'", "''") + "'"

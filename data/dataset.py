@@ -11,7 +11,7 @@ import torch
 
 from data.batch import Batch
 from data.checks import check_bool, check_choice, check_int, check_keys
-from data.database import Database, quoted
+from data.database import Database, column_sql
 from data.encode import Preparation, Schema, arrange, encode_multi, encode_single, used_columns, write_arrays
 from data.prepared import Prepared, Writer, fingerprint, prepare_once
 from data.rejects import Rejected, load, write_quarantine
@@ -247,19 +247,21 @@ class FileDataset:
 
 def with_checks(source: Source, schema: Schema) -> Source:
     """The source with what must hold of the label, the time and the dense columns, beside its own checks."""
-    label, checks = quoted(schema.label), dict(source.checks)
+    label, checks = column_sql(schema.label), dict(source.checks)
     if schema.threshold is None:
         checks[schema.label] = (f"{label} IN (0, 1)", "the label must be 0 or 1 (or set data.label_threshold)")
     else:
         checks[schema.label] = (f"isfinite({label})", "the label must be a finite number")
     if schema.time:
-        checks[schema.time] = (f"isfinite({quoted(schema.time)})", "the time must be a finite number or date")
+        checks[schema.time] = (f"isfinite({column_sql(schema.time)})", "the time must be a finite number or date")
     if not source.is_parquet:
         for name in used_columns(schema, source):
-            checks.setdefault(name, (f"coalesce(NOT contains({quoted(name)}, chr(0)), true)", "must hold no NUL byte"))
+            checks.setdefault(
+                name, (f"coalesce(NOT contains({column_sql(name)}, chr(0)), true)", "must hold no NUL byte")
+            )
     for name in schema.dense:
-        finite = FINITE.format(quoted(name))
-        checks[name] = (f"{quoted(name)} IS NULL OR ({finite})", "must be finite as float32")
+        finite = FINITE.format(column_sql(name))
+        checks[name] = (f"{column_sql(name)} IS NULL OR ({finite})", "must be finite as float32")
     return Source(**{**vars(source), "checks": checks})
 
 
@@ -270,7 +272,7 @@ def time_type(schema: Schema) -> str:
         kind = dict(describe(source.path)).get(schema.time, "DOUBLE")
         return "TIMESTAMP" if kind.startswith(("TIMESTAMP", "DATE")) else "DOUBLE"
     con = duckdb.connect()  # its own: the rejects of these few rows are nobody's
-    column = quoted(schema.time)
+    column = column_sql(schema.time)
     sql = reading_sql(source, {schema.time: "VARCHAR"})
     first = f"SELECT {column} AS x FROM ({sql}) WHERE {column} IS NOT NULL LIMIT {TIME_SAMPLE}"
     numbers, dates = con.execute(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.checks import check_choice, check_exact_keys, check_int, check_number
-from data.database import Database, literal, quoted
+from data.database import Database, column_sql, literal
 from data.prepared import Writer
 from data.source import Source
 
@@ -120,17 +120,17 @@ class Preparation:
 def arrange(db: Database, schema: Schema, preparation: Preparation) -> None:
     """Makes `rows` of the tables main, side0, side1, ...: joined, and ordered by time, chance or place in the file.
     Raises ValueError if a key occurs twice in a side table, or none of main's rows has a partner there."""
-    columns, joins = [f"main.{quoted(c)}" for c in used_columns(schema, schema.main)], ""
+    columns, joins = [f"main.{column_sql(c)}" for c in used_columns(schema, schema.main)], ""
     for i, (side, key) in enumerate(schema.sides):
-        name = quoted(key)
+        name = column_sql(key)
         twice = db.rows(f"SELECT {name}, count(*) FROM side{i} GROUP BY {name} HAVING count(*) > 1 LIMIT 1")
         if twice:
             raise ValueError(f"data.joins: {side.path} has {twice[0][1]} rows with {key}={twice[0][0]!r}; it needs one")
         report_unmatched(db, schema.main, side, f"side{i}", key)
-        columns += [f"side{i}.{quoted(c)}" for c in used_columns(schema, side) if c != key]
+        columns += [f"side{i}.{column_sql(c)}" for c in used_columns(schema, side) if c != key]
         joins += f" LEFT JOIN side{i} ON main.{name} = side{i}.{name}"
     if schema.time:
-        order = f"{quoted(schema.time)}, main.rowid"  # stable: equal times keep the file's order
+        order = f"{column_sql(schema.time)}, main.rowid"  # stable: equal times keep the file's order
     elif preparation.order == "random":
         order = f"md5({literal(preparation.split_seed)} || '/' || main.rowid), main.rowid"
     elif not schema.sides:
@@ -144,7 +144,7 @@ def arrange(db: Database, schema: Schema, preparation: Preparation) -> None:
 
 def report_unmatched(db: Database, main: Source, side: Source, table: str, key: str) -> None:
     """Says how many rows of main have no partner in the side table. Raises ValueError if none has one."""
-    name, total = quoted(key), db.value("SELECT count(*) FROM main")
+    name, total = column_sql(key), db.value("SELECT count(*) FROM main")
     unmatched = db.value(f"SELECT count(*) FROM main ANTI JOIN {table} ON main.{name} = {table}.{name}")
     if unmatched and unmatched == total:
         ours, theirs = (db.value(f"SELECT min({name}) FROM {t}") for t in ("main", table))
@@ -191,7 +191,7 @@ def number_ids(db: Database, counted: str, preparation: Preparation) -> int:
 def encode_single(db: Database, name: str, table: str, counted: int, preparation: Preparation) -> int:
     """Makes `table` (place, id) of a single-valued feature; NULL is a value. counted: the first so many rows are those
     whose ids count. Returns the number of ids."""
-    column = quoted(name)
+    column = column_sql(name)
     grouped = f"count(*) FILTER (rowid < {counted}) AS seen, min(rowid) AS first"
     num_ids = number_ids(db, f"SELECT {column} AS value, {grouped} FROM rows GROUP BY {column}", preparation)
     db.run(
@@ -204,7 +204,7 @@ def encode_single(db: Database, name: str, table: str, counted: int, preparation
 def encode_multi(db: Database, name: str, table: str, counted: int, preparation: Preparation, separator: str) -> int:
     """Makes `table` (place, ids: list) of a multi-valued feature; NULL and '' are empty bags.
     counted: see encode_single. Work is per distinct text: few where the column comes from a side table."""
-    column = quoted(name)
+    column = column_sql(name)
     split = f"list_transform(string_split({column}, {literal(separator)}), lambda x: trim(x))"
     db.run(
         f"CREATE OR REPLACE TEMP TABLE texts AS SELECT {column} AS text, count(*) FILTER (rowid < {counted}) AS seen, "
@@ -230,7 +230,7 @@ def dense_sql(db: Database, schema: Schema, train: int) -> list[str]:
     the training rows that have a value; log1p: of max(x, 0); shifted_log: ln(3 + x) of max(x, -2), empty as x = 0."""
     expressions = []
     for name, transform in schema.dense.items():
-        x = quoted(name)
+        x = column_sql(name)
         if transform == "log1p":
             x = f"ln(1 + greatest({x}, 0))"
         elif transform == "shifted_log":
@@ -247,7 +247,7 @@ def write_arrays(db: Database, schema: Schema, folder: Path, train: int) -> Writ
     """Appends all rows to the files of the folder, a range at a time; the caller finishes the writer."""
     singles, multis = range(len(schema.categorical)), range(len(schema.categorical), len(schema.features))
     threshold = 0.5 if schema.threshold is None else float(schema.threshold)
-    label = f"{quoted(schema.label)} >= {threshold!r}::DOUBLE"
+    label = f"{column_sql(schema.label)} >= {threshold!r}::DOUBLE"
     dense = dense_sql(db, schema, train)
     select = ", ".join(f"{sql} AS d{i}" for i, sql in enumerate(dense + [f"CAST({label} AS UTINYINT)"]))
     total, writer = db.value("SELECT count(*) FROM rows"), Writer(folder, len(multis))

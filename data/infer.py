@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import duckdb
 
-from data.database import quoted
+from data.database import column_sql
 from data.source import Source, reading_sql
 
 SAMPLE_ROWS = 10_000
@@ -37,7 +37,7 @@ class Facts:
 
 def facts_of(con: duckdb.DuckDBPyConnection, name: str) -> Facts:
     """Facts of a column of the table sample, all VARCHAR."""
-    x, number = quoted(name), f"TRY_CAST({quoted(name)} AS DOUBLE)"
+    x, number = column_sql(name), f"TRY_CAST({column_sql(name)} AS DOUBLE)"
     parts = ", ".join(f"avg(len(string_split({x}, '{separator}')))" for separator in SEPARATORS)
     count, numbers, dates, distinct, whole, binary, low, median, *means = con.execute(
         f"SELECT count({x}), count({number}), count(TRY_CAST({x} AS TIMESTAMP)), count(DISTINCT {x}), "

@@ -12,7 +12,7 @@ from typing import IO
 
 import duckdb
 
-from data.database import Database, quoted
+from data.database import Database, column_sql, quoted
 from data.source import MAX_BAD_ROWS, MAX_ERRORS, Source, reading_sql
 
 
@@ -102,7 +102,7 @@ def without_meaning(
     """The rows of `table` (in file order, those of `unread` missing) that fail a check, with the first check failed."""
     names = list(checks)
     cases = " ".join(f"WHEN ({checks[name][0]}) IS NOT TRUE THEN {i}" for i, name in enumerate(names))
-    values = " ".join(f"WHEN {i} THEN CAST({quoted(name)} AS VARCHAR)" for i, name in enumerate(names))
+    values = " ".join(f"WHEN {i} THEN CAST({column_sql(name)} AS VARCHAR)" for i, name in enumerate(names))
     rows = db.rows(
         f"SELECT place, failed, CASE failed {values} END FROM (SELECT rowid AS place, CASE {cases} END AS failed, * "
         f"FROM {table}) WHERE failed IS NOT NULL ORDER BY place LIMIT {MAX_BAD_ROWS + 1}"

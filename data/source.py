@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 
 from data.checks import nearest
-from data.database import literal, quoted
+from data.database import column_sql, literal, quoted
 
 FINITE = "isfinite({0}) AND abs({0}) <= 3.4e38"  # beyond that a float32 is infinite
 TYPED_HEADER = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's atomic files: user_id:token
@@ -23,7 +23,8 @@ MAX_ERRORS = 4 * MAX_BAD_ROWS  # a row may have several
 @dataclass(frozen=True)
 class Source:
     """One file. columns: our names of all its columns, in order. expressions: SQL over these that replaces a column or
-    adds one. checks: by column, an SQL condition that must hold (NULL counts as failed) and what to say if not."""
+    adds one. checks: by column, an SQL condition on loaded columns (see column_sql) that must hold (NULL counts as
+    failed) and what to say if not."""
 
     path: Path
     columns: tuple[str, ...]
@@ -121,10 +122,11 @@ def joined_lists(source: Source, separators: Mapping[str, str]) -> Source:
 
 
 def reading_sql(source: Source, types: Mapping[str, str]) -> str:
-    """SQL for the columns of `types` (name -> SQL type) of all rows; rows of a text file that cannot be read go to the
-    tables rejects and rejects_scan. Raises ValueError if a Parquet column has another type than it must."""
+    """SQL for the columns of `types` (name -> SQL type) of all rows, named by column_sql; rows of a text file that
+    cannot be read go to the tables rejects and rejects_scan. Raises ValueError if a Parquet column has another type than
+    it must."""
     wanted = {name: source.expressions.get(name, quoted(name)) for name in types}
-    select = ", ".join(f"CAST({sql} AS {types[name]}) AS {quoted(name)}" for name, sql in wanted.items())
+    select = ", ".join(f"CAST({sql} AS {types[name]}) AS {column_sql(name)}" for name, sql in wanted.items())
     if source.is_parquet:
         for name, kind in describe(source.path):
             if types.get(name) == "DOUBLE" and not kind.startswith(NUMBERS):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.checks import check_choice, check_keys, check_list, check_mapping, check_number, check_text, nearest
-from data.database import quoted
+from data.database import column_sql, quoted
 from data.dataset import FileDataset
 from data.encode import Schema
 from data.infer import inferred_yaml
@@ -125,7 +125,7 @@ class Table(FileDataset):
     def _in_buckets(self, source: Source) -> Source:
         """The same source, with the magnitudes of the columns in buckets."""
         sql = {c: BUCKET.format(quoted(c), f"TRY_CAST({quoted(c)} AS DOUBLE)") for c in self.buckets}
-        checks = {c: (f"{quoted(c)} IS NOT NULL", "must be a number (data.buckets)") for c in self.buckets}
+        checks = {c: (f"{column_sql(c)} IS NOT NULL", "must be a number (data.buckets)") for c in self.buckets}
         sql, checks = ({c: x for c, x in some.items() if c in source.columns} for some in (sql, checks))
         return replace(source, expressions={**source.expressions, **sql}, checks={**source.checks, **checks})
 

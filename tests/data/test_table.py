@@ -188,7 +188,7 @@ def test_columns_may_be_named_where_there_is_no_header(table):
     assert samples_of(dataset, "test") == [([3.0], [[0]], 0.0)]
 
 
-@pytest.mark.parametrize("text", [",y,d,c\n0,1,2,a\n1,0,3,b\n", '""'",y,d,c\n0,1,2,a\n1,0,3,b\n"])
+@pytest.mark.parametrize("text", [",y,d,c\n0,1,2,a\n1,0,3,b\n", '"",y,d,c\n0,1,2,a\n1,0,3,b\n'])
 def test_a_column_without_a_name_is_called_by_its_place(table, text, capsys):
     assert samples_of(table(text), "test") == [([3.0], [[0]], 0.0)]
     assert table(text, categorical=["column1"]).cardinalities == {"column1": 2}
@@ -290,6 +290,27 @@ def test_without_columns_the_inferred_yaml_is_printed(table, tmp_path, capsys):
     }
     assert guess == want | {"time": "ts"}
     assert table(None, **guess).cardinalities["tags"] == 6  # what is printed can be used as it is
+
+
+@pytest.mark.parametrize("role", ["y", "d", "c", "m", "t", "u"])
+@pytest.mark.parametrize("name", ["rowid", "ROWID", "failed"])
+def test_a_column_may_be_named_as_what_the_sql_makes(table, tmp_path, role, name):
+    (tmp_path / "users.csv").write_text("u,a\n1,5\n".replace("u", name if role == "u" else "u"))
+    text = "y,d,c,m,t,u\n1,1,a,x|y,3,1\n0,2,b,x,2,1\n1,3,a,,2,1\n0,4,a,z|x,1,1\n2,4,a,z|x,9,1\n"  # 2: no label
+    names = {n: name if n == role else n for n in "ydcmtu"}
+    options = {
+        "label": names["y"],
+        "time": names["t"],
+        "dense": {names["d"]: "standardize", "a": "none"},
+        "categorical": [names["c"]],
+        "multi_valued": {names["m"]: "|"},
+        "joins": [{"path": "users.csv", "key": names["u"]}],
+        "on_error": "skip",
+    }
+    dataset = table(text.replace("y,d,c,m,t,u", ",".join(names.values())), shuffle=False, **options)
+    want = [([1.0, 5.0], [[1], [2, 1]], 0.0), ([-1.0, 5.0], [[2], [1]], 0.0)]
+    assert samples_of(dataset, "train") == want
+    assert samples_of(dataset, "test") == [([0.0, 5.0], [[1], []], 1.0), ([-2.0, 5.0], [[1], [1, 0]], 1.0)]
 
 
 def test_a_graded_label_is_given_a_threshold(table, capsys):
