@@ -24,6 +24,7 @@ Sums are float32, or float64 of float64 weights. Gradients and per_sample_weight
 of sums; bag's result and the weights' gradients have the weights', bag_into's out that of sums.
 Errors: RuntimeError naming feature, position, id and limit when a ranged map meets an id outside [0, num_embeddings).
 On CUDA kernels skip such an id and note it: the next call on the same features raises, or raise_noted at once.
+RuntimeError also for real weights with tables or a batch on the meta device.
 """
 
 import torch
@@ -77,34 +78,50 @@ impl("embeddings::bag_update", "CompositeExplicitAutograd", reference.bag_update
 impl("embeddings::raise_noted", "CompositeExplicitAutograd", lambda weights, features: None)  # the CPU raises at once
 
 
+def _refuse_half_meta(real: Tensor, *others) -> None:
+    """Raise RuntimeError where a real tensor goes with one on the meta device, which brings the call to the functions
+    below: nothing would be computed, and the result would be what its memory holds."""
+    if real.device.type != "meta" and any(isinstance(x, Tensor) and x.device.type == "meta" for x in others):
+        raise RuntimeError(
+            f"some of weights, tables and batch are on meta and others on {real.device}: load_state_dict with "
+            "assign=True, or to_empty and reset_parameters, make a module on meta whole"
+        )
+
+
 @register_fake("embeddings::bag")
 def _(weights, ids, offsets, per_sample_weights, tables, batch_size, columns, *how):
+    _refuse_half_meta(weights, ids, offsets, per_sample_weights, tables)
     return weights.new_empty(batch_size, columns)
 
 
 @register_fake("embeddings::bag_into")
-def _(out, weights, *batch_and_how):
+def _(out, *slab_batch_and_how):
+    _refuse_half_meta(out, *slab_batch_and_how)
     return None
 
 
 @register_fake("embeddings::bag_update")
 def _(grad, weights, *state_batch_and_how):
+    _refuse_half_meta(weights, grad, *state_batch_and_how)
     return None
 
 
 @register_fake("embeddings::bag_backward")
 def _(grad, weights, *batch_and_how):
+    _refuse_half_meta(weights, grad, *batch_and_how)
     return torch.empty_like(weights, memory_format=torch.contiguous_format)
 
 
 @register_fake("embeddings::bag_backward_rows")
 def _(grad, weights, ids, *batch_and_how):
+    _refuse_half_meta(weights, grad, ids, *batch_and_how)
     num_touched = torch.library.get_ctx().new_dynamic_size()
     return ids.new_empty(num_touched, dtype=torch.int64), weights.new_empty(num_touched, weights.shape[1])
 
 
 @register_fake("embeddings::bag_backward_sample_weights")
 def _(grad, weights, ids, *batch_and_how):
+    _refuse_half_meta(grad, weights, ids, *batch_and_how)
     return grad.new_empty(ids.shape[0])
 
 

@@ -494,6 +494,19 @@ def test_a_module_made_empty_is_made_whole_by_a_checkpoint_or_a_reset(name):
     assert_same_bits(look_up(empty), look_up(ours))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["FastEmbedding", "HashedEmbeddingBag"])
+def test_real_weights_with_the_rest_on_meta_are_an_error(name, compiled):
+    for part in ("tables", "ids"):
+        ours, ids = build(name), IDS.view(6, 2)
+        if part == "tables":
+            ours.tables = ours.tables.to("meta")
+        call = torch.compile(ours, fullgraph=True, backend="eager") if compiled else ours
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="on meta and others on cpu"):
+                call(ids.to("meta") if part == "ids" else ids)
+
+
 @each_module
 def test_functional_call_replaces_the_weights(name):
     ours, others = build(name), build(name, dtype=torch.float64)
