@@ -93,8 +93,22 @@ class Tables(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew, from torch's own generator; also what an emptied module needs to be whole again."""
-        self.tables.copy_(torch.tensor(self.arrangement.tables, dtype=torch.int64, device="cpu"))
+        self._restore_tables()
         self._draw()
+
+    def _restore_tables(self) -> None:
+        """`tables` as they should be, where the weights are."""
+        tables = torch.tensor(self.arrangement.tables, dtype=torch.int64, device="cpu")
+        if self.tables.device == self._slab.device:
+            self.tables.copy_(tables)
+        else:
+            self.tables = tables.to(self._slab.device)
+
+    def _load_from_state_dict(self, state_dict, prefix: str, *how) -> None:
+        """Load a checkpoint; `tables` that are not in it come back here, as to_empty and meta leave nothing in them."""
+        super()._load_from_state_dict(state_dict, prefix, *how)
+        if not (self._has_own_seeds and prefix + "tables" in state_dict):
+            self._restore_tables()
 
     def _draw(self) -> None:
         self.arrangement.initialise(self._slab, lambda name: None)

@@ -494,6 +494,31 @@ def test_a_module_made_empty_is_made_whole_by_a_checkpoint_or_a_reset(name):
     assert_same_bits(look_up(empty), look_up(ours))
 
 
+@pytest.mark.parametrize("assign", [True, False])
+@each_module
+def test_a_checkpoint_alone_makes_a_module_on_meta_whole(name, device, assign):
+    ours = build(name, **padded(name)).to(device)
+    with torch.device("meta"):
+        empty = nn.Sequential(ALL[name].make(**padded(name)))
+    if not assign:
+        empty.to_empty(device=device)
+        empty[0].tables.fill_(77)  # what memory may hold
+    found = empty.load_state_dict({f"0.{key}": x for key, x in ours.state_dict().items()}, assign=assign)
+    assert not any(found)
+    ids = IDS.view(6, 2).to(device)
+    assert_same_bits(empty(ids), ours(ids))
+
+
+@each_module
+def test_weights_alone_make_a_module_whole_and_leave_its_hash(name):
+    ours = build(name)
+    key, weight = next(iter(ours.state_dict().items()))
+    twin = copy.deepcopy(ours).to_empty(device="cpu")
+    twin.tables.fill_(77)
+    twin.load_state_dict({key: weight}, strict=False)
+    assert_same_bits(look_up(twin), look_up(ours))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["FastEmbedding", "HashedEmbeddingBag"])
 def test_real_weights_with_the_rest_on_meta_are_an_error(name, compiled):
