@@ -66,10 +66,11 @@ class EmbeddingBags(nn.Module):
             )
             for features in members.values()
         )
-        by_slab = torch.tensor([order.index(feature) for slab in self.slabs for feature in slab.rows])
-        in_order = self._together or by_slab.equal(torch.arange(self.num_features))
+        by_slab = [feature for slab in self.slabs for feature in slab.rows]
+        in_order = self._together or by_slab == order
+        where = torch.tensor([by_slab.index(feature) for feature in order], device=device)
         # feature f of the batch is row _where[f] of the slabs' concatenated outputs
-        self.register_buffer("_where", None if in_order else by_slab.argsort().to(device))
+        self.register_buffer("_where", None if in_order else where)
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pooled vectors [B, F, D], in the features' order.

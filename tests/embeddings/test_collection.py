@@ -273,6 +273,19 @@ def test_state_dict_round_trip_gives_the_same_vectors(backends, rows):
     assert_same_bits(other(ids, offsets), first(ids, offsets))
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_checkpoint_alone_makes_a_collection_on_meta_whole(assign):
+    mean = named("bloom", combine="mean")  # so that the slabs' outputs are put in order
+    backends, rows = [mean, dense(), mean], [900, 50, 800]
+    first = make_bags(backends, rows, seed=0)
+    with torch.device("meta"):
+        empty = make_bags(backends, rows, seed=1)
+    assert all(x.is_meta for x in (*empty.parameters(), *empty.buffers()))
+    (empty if assign else empty.to_empty(device="cpu")).load_state_dict(first.state_dict(), assign=assign)
+    ids, offsets = make_batch(rows)
+    assert_same_bits(empty(ids, offsets), first(ids, offsets))
+
+
 @each_choice
 @pytest.mark.parametrize("pooling", POOLINGS, ids=["sum", "mean", "max"])
 def test_each_backend_equals_its_reference(native_kernels, yaml, changes, pooling):

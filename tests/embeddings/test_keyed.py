@@ -797,6 +797,14 @@ def test_a_collection_on_meta_is_whole_after_to_empty_and_reset(kind):
     assert numbers(module, kjt(BATCH)).isfinite().all()
 
 
+@pytest.mark.parametrize("assign", [True, False])
+@each_kind
+def test_a_checkpoint_alone_makes_a_collection_on_meta_whole(kind, assign):
+    wanted, module = mixed(kind), mixed(kind, seed=1, device="meta")
+    (module if assign else module.to_empty(device="cpu")).load_state_dict(wanted.state_dict(), assign=assign)
+    assert_same_bits(numbers(module, kjt(BATCH)), numbers(wanted, kjt(BATCH)))
+
+
 def test_vectors_on_meta_have_their_shape():
     out = mixed(device="meta")(kjt(BATCH).to("meta"))
     assert out.values().shape == (2, 56) and out.values().is_meta
