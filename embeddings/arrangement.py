@@ -48,7 +48,8 @@ class Arrangement:
     backends, rows, slots: table -> its backend, its num_embeddings, and the slots of each of its slices. lookups: who
     reads them, in the order of the output. layout: the integers that the operators take after batch_size (columns,
     probes, chunks, index_map, combine, pooling). tables: [F * K][9], a row per lookup and probe (Table in
-    csrc/index_map.h). Raises ValueError if the tables' backends differ in more than embedding_dim.
+    csrc/index_map.h); seed: what their hashes come from, None if not known. Raises ValueError if the tables' backends
+    differ in more than embedding_dim.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Arrangement:
         self.backends, self.rows, self.lookups = backends, rows, lookups
         self.dims = [backends[lookup.table].embedding_dim for lookup in lookups]
         self.slices = self._slices(slots)
-        self.tables = self._tables(seed)
+        self.seed, self.tables = seed, self._tables(seed)
         unit = math.gcd(*(s.width for slices in self.slices.values() for s in slices))
         self.shape = (max(s.end for slices in self.slices.values() for s in slices) // unit, unit)
         concat = self.backend.combine_kind == Combine.CONCAT
@@ -103,6 +104,11 @@ class Arrangement:
                 column += probe.dim if concat else 0
             column += 0 if concat else backend.embedding_dim
         return tables
+
+    def adopt(self, tables: list[list[int]], seed: int | None) -> None:
+        """Read by the `tables` of a checkpoint. seed: said to be theirs; one that does not give them becomes None."""
+        self.tables = tables
+        self.seed = None if seed is None or self._tables(seed) != tables else seed
 
     def weights(self, slab: Tensor, table: str) -> list[Tensor]:
         """A table's slices [slots, width] of the slab: views."""

@@ -48,8 +48,8 @@ class Options(NamedTuple):
 class Tables(nn.Module):
     """Tables of one backend behind one parameter, called `parameter_name`, that an `Arrangement` lays out.
 
-    tables: int64 [F * K, 9]; in the checkpoint if it holds seeds of ours. Raises ValueError if the weights given do not
-    have the arrangement's shape.
+    tables: int64 [F * K, 9]; in the checkpoint if it holds seeds of ours, and with it hash_seed, int64 [], which they
+    come from. Raises ValueError if the weights given do not have the arrangement's shape.
     """
 
     parameter_name = "weight"
@@ -63,8 +63,8 @@ class Tables(nn.Module):
             if not -num_embeddings <= self.padding_idx < num_embeddings:
                 raise ValueError(f"padding_idx={self.padding_idx} must be within num_embeddings={num_embeddings}")
             self.padding_idx %= num_embeddings
-        tables = torch.tensor(arrangement.tables, dtype=torch.int64, device=options.device)
-        self.register_buffer("tables", tables, persistent=self._has_own_seeds)
+        for name, numbers in self._buffers_on(options.device).items():
+            self.register_buffer(name, numbers, persistent=self._has_own_seeds)
         shape = self._weights_shape
         if weights is None:
             kept = torch.empty(shape, device=options.device, dtype=options.dtype)
@@ -93,22 +93,39 @@ class Tables(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew, from torch's own generator; also what an emptied module needs to be whole again."""
-        self._restore_tables()
+        self._restore()
         self._draw()
 
-    def _restore_tables(self) -> None:
-        """`tables` as they should be, where the weights are."""
-        tables = torch.tensor(self.arrangement.tables, dtype=torch.int64, device="cpu")
-        if self.tables.device == self._slab.device:
-            self.tables.copy_(tables)
-        else:
-            self.tables = tables.to(self._slab.device)
+    def _buffers_on(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        """Name -> the buffer as it should be."""
+        numbers = {"tables": self.arrangement.tables}
+        if self._has_own_seeds:
+            numbers["hash_seed"] = self.arrangement.seed or 0  # a 0 that does not give the tables is not believed
+        return {name: torch.tensor(x, dtype=torch.int64, device=device) for name, x in numbers.items()}
 
-    def _load_from_state_dict(self, state_dict, prefix: str, *how) -> None:
-        """Load a checkpoint; `tables` that are not in it come back here, as to_empty and meta leave nothing in them."""
-        super()._load_from_state_dict(state_dict, prefix, *how)
-        if not (self._has_own_seeds and prefix + "tables" in state_dict):
-            self._restore_tables()
+    def _restore(self, *names: str) -> None:
+        """Make these buffers, or all, what they should be, where the weights are."""
+        for name, numbers in self._buffers_on("cpu").items():
+            if names and name not in names:
+                continue
+            if getattr(self, name).device == self._slab.device:
+                getattr(self, name).copy_(numbers)
+            else:
+                setattr(self, name, numbers.to(self._slab.device))
+
+    def _load_from_state_dict(self, state_dict, prefix: str, metadata, strict: bool, missing: list[str], *how) -> None:
+        """Load a checkpoint; buffers that are not in it come back here, as to_empty and meta leave nothing in them."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *how)
+        loaded, has_seed = state_dict.get(prefix + "tables"), prefix + "hash_seed" in state_dict
+        if not self._has_own_seeds or loaded is None:
+            self._restore()
+            return
+        is_real = type(self.tables) is Tensor and not self.tables.is_meta  # not fake either
+        if is_real and loaded.shape == self.tables.shape:
+            self.arrangement.adopt(self.tables.tolist(), int(self.hash_seed) if has_seed else self.arrangement.seed)
+        if not has_seed:  # older checkpoints have none
+            missing[:] = [key for key in missing if key != prefix + "hash_seed"]
+            self._restore("hash_seed")
 
     def _draw(self) -> None:
         self.arrangement.initialise(self._slab, lambda name: None)
@@ -163,6 +180,8 @@ class OneTable(Tables):
         if num_embeddings < 1:
             raise ValueError(f"num_embeddings={num_embeddings} must be at least 1")
         seed = draw_seed() if seed is None else seed
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed={seed} must be an integer of 64 bits, with its sign")
         arrangement = Arrangement(
             backends={"table": backend},
             rows={"table": num_embeddings},
@@ -172,7 +191,12 @@ class OneTable(Tables):
             seed=seed,
         )
         super().__init__(arrangement, weights, options)
-        self.num_embeddings, self.embedding_dim, self.seed = num_embeddings, backend.embedding_dim, seed
+        self.num_embeddings, self.embedding_dim = num_embeddings, backend.embedding_dim
+
+    @property
+    def seed(self) -> int | None:
+        """What the hash comes from, a loaded one too; None if its checkpoint does not say, or says another's."""
+        return self.arrangement.seed
 
     def extra_repr(self) -> str:
         where = {name: self if hasattr(self, name) else self.arrangement.backend for name in self.shown}

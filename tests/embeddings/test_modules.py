@@ -855,6 +855,72 @@ def test_pretrained_weights_of_a_seeded_hash_need_its_seed(kind):
     assert kind.from_pretrained(weights, N, D, hash=theirs).arrangement.backend.hash == theirs
 
 
+each_seeded = pytest.mark.parametrize("kind", [HashedEmbedding, HashedEmbeddingBag, BloomEmbedding])
+
+
+@each_seeded
+@pytest.mark.parametrize("meta", [False, True])
+def test_the_seed_of_a_loaded_hash_is_the_checkpoints(kind, meta, device):
+    trained, other = kind(N, D, 0.5, device=device), kind(N, D, 0.5, device="meta" if meta else device)
+    assert other.seed != trained.seed
+    other.load_state_dict(trained.state_dict(), assign=meta)
+    assert other.seed == trained.seed
+    weights, ids = next(other.parameters()).detach(), IDS.view(6, 2).to(device)
+    assert_same_bits(kind.from_pretrained(weights, N, D, seed=other.seed, device=device)(ids), trained(ids))
+    for _ in range(2):  # the loaded hash stays, also where memory was lost
+        other.to_empty(device=device).reset_parameters()
+        assert other.tables.equal(trained.tables) and other.seed == int(other.hash_seed) == trained.seed
+        other = copy.deepcopy(other)
+
+
+@each_seeded
+def test_a_checkpoint_without_a_seed_gives_its_hash_and_no_seed_but_its_own(kind):
+    trained, same, other = (kind(N, D, 0.5, seed=seed) for seed in (3, 3, 4))
+    state = trained.state_dict()
+    del state["hash_seed"]
+    same.load_state_dict(state)
+    assert same.seed == 3
+    other.load_state_dict(state)
+    assert other.seed is None
+    assert_same_bits(look_up(other), look_up(trained))
+    other.reset_parameters()
+    assert other.tables.equal(trained.tables)
+    for first in (same, other):  # what was not known stays so
+        again = kind(N, D, 0.5, seed=5)
+        again.load_state_dict(first.state_dict())
+        assert again.seed == first.seed and again.tables.equal(trained.tables)
+    with pytest.raises(ValueError, match="seed=None"):
+        kind.from_pretrained(next(other.parameters()), N, D, seed=other.seed)
+
+
+@each_seeded
+def test_a_seed_that_is_not_that_of_its_tables_is_not_told(kind):
+    trained, other = kind(N, D, 0.5, seed=3), kind(N, D, 0.5, seed=4)
+    other.load_state_dict({**trained.state_dict(), "hash_seed": torch.tensor(4)})
+    assert other.seed is None and other.tables.equal(trained.tables)
+
+
+@each_seeded
+def test_tables_of_another_shape_are_refused_and_leave_the_hash(kind):
+    ours = kind(N, D, 0.5)
+    seed, before = ours.seed, ours.tables.clone()
+    with pytest.raises(RuntimeError, match="size mismatch for tables"):
+        ours.load_state_dict({**ours.state_dict(), "tables": torch.zeros(7, 9, dtype=torch.int64)})
+    ours.to_empty(device="cpu").reset_parameters()
+    assert ours.seed == seed and ours.tables.equal(before)
+
+
+@each_seeded
+def test_a_seed_has_64_bits(kind):
+    for seed in (-(2**63), 2**63 - 1):
+        ours, other = kind(N, D, 0.5, seed=seed), kind(N, D, 0.5)
+        other.load_state_dict(ours.state_dict())
+        assert other.seed == seed
+    for seed in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match="seed=.* must be an integer of 64 bits"):
+            kind(N, D, 0.5, seed=seed)
+
+
 @pytest.mark.parametrize("kind", [ScaledEmbedding, ZeroEmbedding, FastEmbedding, ScaledEmbeddingBag])
 def test_weights_of_another_shape_are_a_value_error_where_torch_asserts(kind):
     for wrong in (torch.zeros(N, D + 1), torch.zeros(N - 1, D), torch.zeros(N * D)):
