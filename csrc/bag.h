@@ -154,6 +154,11 @@ struct Call {
   }
 };
 
+// True if a slot's gradient needs the weights of others, so that none may change before all are summed.
+inline bool reads_others(const Call& call) {
+  return call.at.probes > 1 && (call.combine == kMultiply || call.combine == kWeighted);
+}
+
 inline void require(bool condition, const char* what) {
   if (!condition) fail(what);
 }

@@ -107,9 +107,9 @@ __device__ typename Accumulator<weight_t>::type row_rate(const Group& group, con
 
 // Packs of a unit, as of for_each_pack.
 template <typename weight_t>
-HOST_DEVICE int packs_of(int64_t unit) {
-  constexpr int64_t kWide = 16 / sizeof(weight_t);
-  return static_cast<int>(unit % kWide == 0 ? unit / kWide : unit);
+int packs_of(const Moved<weight_t>& to) {
+  constexpr int kWide = 16 / sizeof(weight_t);
+  return to.unit % kWide == 0 ? to.unit / kWide : to.unit;
 }
 
 // --- one step --------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
       if (has_pack) gradient(z, g);
       const real rate = row_rate<kVector>(group, to, step, at, [&](int lane, real(&v)[kVector]) {
         for (int i = 0; i < kVector; ++i) v[i] = g[i];
-        const int other = lane * kVector;  // than z on a host, where one thread plays all lanes
+        const int other = lane * kVector;  // not z only on a host, where one thread plays all lanes
         if (other != z && other < to.unit) gradient(other, v);
         if (other != z && other >= to.unit) scale(v, real(0));
         multiply(v, v);
@@ -222,29 +222,12 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Sums sums, Moved<typen
 
 // --- the operator: arguments as in embeddings/ops.py -----------------------------------------------------------------
 
-// By the sums of a lookup, or of `Shares`, that are kept first: where a slot's sum hangs on weights that other slots'
-// steps move, and where it would be made more than once.
-template <typename Lookup>
-void update_from_kept(const Launch& launch, const Call& call, const Lookup& lookup, SortedTouches& sorted,
-                      const Moved<typename Lookup::weight_t>& to, int lanes) {
-  using weight_t = typename Lookup::weight_t;
-  using real = typename Lookup::real;
-  const int64_t count = sorted.touches.count;
-  const int64_t* rows = number_rows(launch, call, lookup, sorted);
-  // no more than the slab has, nor than the batch reads: of a vector's numbers, or of one per other probe
-  const int64_t longest = call.columns + call.at.num_features * call.at.probes;
-  const int64_t reads = call.at.probes * longest * (call.offsets ? call.at.num_ids : call.at.batch_size);
-  real* values = sorted.allocate<real>(call, std::min(call.num_units * call.unit, reads));
-  int64_t* units = nullptr;
-  launch(slots_kernel<Lookup, real>, count, lanes, sums_of_slots(launch, call, lookup, sorted), rows, units, values);
-  const KeptSums<weight_t> kept{sorted.touches, rows, values, call.unit};
-  if (to.rule != kRowWiseAdagrad) {
-    launch(update_kernel<Squares::kNone, KeptSums<weight_t>>, count, lanes, kept, to);
-  } else if (packs_of<weight_t>(call.unit) <= lanes) {
-    launch(update_kernel<Squares::kOnePack, KeptSums<weight_t>>, count, lanes, kept, to);
-  } else {
-    launch(update_kernel<Squares::kFolded, KeptSums<weight_t>>, count, lanes, kept, to);
-  }
+template <typename Sums>
+void update(const Launch& launch, int64_t count, int lanes, const Sums& sums,
+            const Moved<typename Sums::weight_t>& to) {
+  if (to.rule != kRowWiseAdagrad) return launch(update_kernel<Squares::kNone, Sums>, count, lanes, sums, to);
+  if (packs_of(to) <= lanes) return launch(update_kernel<Squares::kOnePack, Sums>, count, lanes, sums, to);
+  launch(update_kernel<Squares::kFolded, Sums>, count, lanes, sums, to);
 }
 
 void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first, std::optional<Tensor> second,
@@ -260,29 +243,36 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
     using Lookup = decltype(lookup);
     using weight_t = typename Lookup::weight_t;
     using real = typename Lookup::real;
-    const int lanes = Typical<weight_t>(call).slot_lanes();
-    const int packs = packs_of<weight_t>(call.unit);
-    require(rule != kRowWiseAdagrad || packs <= lanes << kMaxLevels,
-            "row-wise adagrad on CUDA takes rows of at most 4096 * 16 bytes, or 4096 numbers where those are no whole "
-            "number of 16 bytes");
-    SortedTouches sorted = sort_touches(launch, call, lookup);
-    const int64_t count = sorted.touches.count;
-    if (count == 0) return;
     const Moved<weight_t> to{weights.mutable_data_ptr<weight_t>(),
                              first ? first->mutable_data_ptr<real>() : nullptr,
                              second ? second->mutable_data_ptr<real>() : nullptr,
                              static_cast<const Step*>(numbers.const_data_ptr()),
                              rule,
                              static_cast<int>(call.unit)};
+    const int lanes = Typical<weight_t>(call).slot_lanes();
+    require(rule != kRowWiseAdagrad || packs_of(to) <= lanes << kMaxLevels,
+            "row-wise adagrad on CUDA takes rows of at most 4096 * 16 bytes, or 4096 numbers where those are no whole "
+            "number of 16 bytes");
+    SortedTouches sorted = sort_touches(launch, call, lookup);
+    const int64_t count = sorted.touches.count;
+    if (count == 0) return;
     with_passed_back(call, lookup, [&](auto passed_back) {
       using PassedBack = decltype(passed_back);
-      if constexpr (std::is_same_v<PassedBack, Shares<weight_t>>) {
-        using Sums = SlotSums<PassedBack>;
-        const auto sums = [&] { return sums_of_slots(launch, call, passed_back, sorted); };
-        if (rule != kRowWiseAdagrad) return launch(update_kernel<Squares::kNone, Sums>, count, lanes, sums(), to);
-        if (packs <= lanes) return launch(update_kernel<Squares::kOnePack, Sums>, count, lanes, sums(), to);
+      using number_t = typename PassedBack::weight_t;
+      using sum_t = typename PassedBack::real;
+      const SlotSums<PassedBack> sums = sums_of_slots(launch, call, passed_back, sorted);
+      if constexpr (std::is_same_v<PassedBack, Shares<number_t>>) {
+        update(launch, count, lanes, sums, to);
+      } else {  // all sums must be there before a slot moves
+        const int64_t* rows = number_rows(launch, call, lookup, sorted);
+        // no more than the slab has, nor than the batch reads: of a vector's numbers, or of one per other probe
+        const int64_t longest = call.columns + call.at.num_features * call.at.probes;
+        const int64_t reads = call.at.probes * longest * (call.offsets ? call.at.num_ids : call.at.batch_size);
+        sum_t* values = sorted.allocate<sum_t>(call, std::min(call.num_units * call.unit, reads));
+        int64_t* units = nullptr;
+        launch(slots_kernel<PassedBack, sum_t>, count, lanes, sums, rows, units, values);
+        update(launch, count, lanes, KeptSums<number_t>{sorted.touches, rows, values, call.unit}, to);
       }
-      update_from_kept(launch, call, passed_back, sorted, to, lanes);
     });
   });
 }

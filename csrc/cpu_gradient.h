@@ -251,11 +251,6 @@ void sum_contributions(const Contributions<weight_t, Map>& contributions, const 
 
 // --- one backward ----------------------------------------------------------------------------------------------------
 
-// True if a slot's gradient needs the weights of others, so that none may change before all are summed.
-inline bool reads_others(const Call& call) {
-  return call.at.probes > 1 && (call.combine == kMultiply || call.combine == kWeighted);
-}
-
 // True if every touch adds a vector of the gradient as it is.
 inline bool adds_vectors(const Call& call) {
   return call.pooling != kMax && !call.sample_weights && !reads_others(call);

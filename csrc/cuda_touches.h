@@ -155,15 +155,17 @@ __device__ void add_ahead(real (&sum)[kVector], Load load) {
   }
 }
 
-// What touches pass back where that is their bag's gradient, or their share of it, whatever the map and whatever else
-// their ids read.
+// What touches pass back where that is a share of their bag's gradient, whatever the map and whatever else their ids
+// read.
 template <typename number_t>
 struct Shares {
   using weight_t = number_t;
   using real = typename Accumulator<weight_t>::type;
   Ids at;
   int64_t unit, columns, chunks, pooling;
+  const real* __restrict__ sample_weights;  // these as in a Lookup
   const real* __restrict__ grad;
+  const int64_t* __restrict__ argmax;
 
   template <typename Lookup>
   explicit Shares(const Lookup& lookup)
@@ -172,14 +174,21 @@ struct Shares {
         columns(lookup.columns),
         chunks(lookup.chunks),
         pooling(lookup.pooling),
-        grad(lookup.grad) {}
+        sample_weights(lookup.sample_weights),
+        grad(lookup.grad),
+        argmax(lookup.argmax) {}
 
-  // Reads what the touch is a share of; the share is that by the result.
+  // The share is `to` by the result: a division waits for what is loaded, so that the caller makes it.
   template <int kVector>
-  __device__ real load_touch(const Touches& touches, int64_t i, int width, int z, real (&v)[kVector]) const {
+  __device__ real load_touch(const Touches& touches, int64_t i, int width, int z, real (&to)[kVector]) const {
     const Touch touch = touch_at(*this, touches, i);
-    const Table& table = at.table(touch.bag.f, touch.k);
-    load(grad + touch.bag.b * columns + table.column + touch.chunk * width + z, v);
+    const int64_t column = at.table(touch.bag.f, touch.k).column;
+    const int64_t first = touch.bag.b * columns + column + touch.chunk * width + z;
+    load(grad + first, to);
+    if (argmax) {
+      for (int j = 0; j < kVector; ++j) to[j] = argmax[first + j] == touch.n ? to[j] : real(0);
+    }
+    if (sample_weights) scale(to, sample_weights[touch.n]);
     const real divisor = at.template divisor<real>(touch.bag.f, touch.bag.b, pooling);
     return touch.negative ? -divisor : divisor;
   }
@@ -347,12 +356,11 @@ SlotSums<Lookup> sums_of_slots(const Launch& launch, const Call& call, const Loo
   return {lookup, touches, partial, reach};
 }
 
-// Calls function(what touches pass back): `Shares` where that is all, else the lookup.
+// Calls function(what touches pass back): `Shares`, or the lookup where its weights are read, too.
 template <typename Lookup, typename Function>
 void with_passed_back(const Call& call, const Lookup& lookup, Function function) {
-  const bool reads_others = call.at.probes > 1 && (call.combine == kMultiply || call.combine == kWeighted);
-  if (reads_others || call.sample_weights || call.pooling == kMax) {
-    function(lookup);
+  if (reads_others(call)) {
+    if constexpr (Lookup::kAdds) function(lookup);
   } else {
     function(Shares<typename Lookup::weight_t>(lookup));
   }
