@@ -122,9 +122,10 @@ def joined_lists(source: Source, separators: Mapping[str, str]) -> Source:
 
 
 def reading_sql(source: Source, types: Mapping[str, str]) -> str:
-    """SQL for the columns of `types` (name -> SQL type) of all rows, named by column_sql; rows of a text file that
-    cannot be read go to the tables rejects and rejects_scan. Raises ValueError if a Parquet column has another type than
-    it must."""
+    """SQL for the columns of `types` (name -> SQL type) of all rows, named by column_sql.
+
+    Rows of a text file that cannot be read go to the tables rejects and rejects_scan. Raises ValueError if a Parquet
+    column has another type than it must."""
     wanted = {name: source.expressions.get(name, quoted(name)) for name in types}
     select = ", ".join(f"CAST({sql} AS {types[name]}) AS {column_sql(name)}" for name, sql in wanted.items())
     if source.is_parquet:
