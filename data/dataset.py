@@ -14,7 +14,7 @@ from data.checks import check_bool, check_choice, check_int, check_keys
 from data.database import Database, column_sql
 from data.encode import Preparation, Schema, arrange, encode_multi, encode_single, used_columns, write_arrays
 from data.prepared import Prepared, Writer, fingerprint, prepare_once
-from data.rejects import Rejected, load, write_quarantine
+from data.rejects import Rejected, load, refusing, write_quarantine
 from data.source import FINITE, Source, describe, reading_sql
 
 SPLITS = ("train", "valid", "test")
@@ -275,7 +275,8 @@ def time_type(schema: Schema) -> str:
     column = column_sql(schema.time)
     sql = reading_sql(source, {schema.time: "VARCHAR"})
     first = f"SELECT {column} AS x FROM ({sql}) WHERE {column} IS NOT NULL LIMIT {TIME_SAMPLE}"
-    numbers, dates = con.execute(
-        f"SELECT count(TRY_CAST(x AS DOUBLE)), count(TRY_CAST(x AS TIMESTAMP)) FROM ({first})"
-    ).fetchone()
+    with refusing(source):
+        numbers, dates = con.execute(
+            f"SELECT count(TRY_CAST(x AS DOUBLE)), count(TRY_CAST(x AS TIMESTAMP)) FROM ({first})"
+        ).fetchone()
     return "TIMESTAMP" if dates > numbers else "DOUBLE"

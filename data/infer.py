@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import duckdb
 
 from data.database import column_sql
+from data.rejects import refusing
 from data.source import Source, reading_sql
 
 SAMPLE_ROWS = 10_000
@@ -66,7 +67,8 @@ def inferred_yaml(sources: Sequence[Source], keys: Sequence[str]) -> str:
     for source in sources:
         con = duckdb.connect()
         sql = reading_sql(source, dict.fromkeys(source.names, "VARCHAR"))
-        con.execute(f"CREATE TABLE sample AS SELECT * FROM ({sql}) LIMIT {SAMPLE_ROWS}")
+        with refusing(source):
+            con.execute(f"CREATE TABLE sample AS SELECT * FROM ({sql}) LIMIT {SAMPLE_ROWS}")
         facts |= {name: facts_of(con, name) for name in source.names if name not in facts}
     label = next((n for word in LABELS for n in facts if n.lower() == word), None)
     label = label or next((n for n in facts if facts[n].is_binary), None)

@@ -5,7 +5,8 @@ which its rejects tables hold; and rows whose value means nothing (a label that 
 finite), which the checks of the Source find among the rows that were read."""
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -42,13 +43,8 @@ def load(db: Database, source: Source, *, table: str, types: Mapping[str, str]) 
     Returns the bad rows in file order, one entry each. Raises ValueError if the file cannot be read at all."""
     raw_table = quoted(f"{table} raw")
     sql = reading_sql(source, types)
-    try:
+    with refusing(source):
         db.run(f"CREATE TABLE {raw_table} AS {sql}")
-    except duckdb.InvalidInputException as error:
-        message = mixed_line_ends(source) if "invalid state" in str(error) else f"{source.path}: {error}"
-        raise ValueError(message) from None
-    except duckdb.Error as error:
-        raise ValueError(f"{source.path}: {error}") from None
     bad = [] if source.is_parquet else unreadable(db, source)
     checks = {name: check for name, check in source.checks.items() if name in types}
     failed = " OR ".join(f"({condition}) IS NOT TRUE" for condition, _ in checks.values()) or "false"
@@ -61,6 +57,16 @@ def load(db: Database, source: Source, *, table: str, types: Mapping[str, str]) 
     if len(bad) > MAX_BAD_ROWS:
         raise ValueError(too_many(source, bad[0]))
     return bad
+
+
+@contextmanager
+def refusing(source: Source) -> Iterator[None]:
+    """Reading a source within raises ValueError, not DuckDB's errors, if the file cannot be read at all."""
+    try:
+        yield
+    except duckdb.Error as error:
+        is_mixed = isinstance(error, duckdb.InvalidInputException) and "invalid state" in str(error)
+        raise ValueError(mixed_line_ends(source) if is_mixed else f"{source.path}: {error}") from None
 
 
 def unreadable(db: Database, source: Source) -> list[Rejected]:

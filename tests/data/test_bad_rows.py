@@ -92,6 +92,9 @@ def test_mixed_line_ends_are_refused_with_the_place(table):
     for rows in (b"1,1,c\r\n", b"1,1,c\rd\n"):
         with pytest.raises(ValueError, match=r"t\.csv:4:c: a carriage return"):
             table(HEAD + GOOD + rows + GOOD, on_error="skip")
+        for options in ({"time": "d", "dense": {}}, {"categorical": [], "dense": {}}):  # what reads the first rows
+            with pytest.raises(ValueError, match=r"t\.csv:4:c: a carriage return"):
+                table(HEAD + GOOD + rows + GOOD, **options)
 
 
 def test_bad_times_are_bad_rows(table):
