@@ -184,11 +184,7 @@ struct Shares {
     const Touch touch = touch_at(*this, touches, i);
     const int64_t column = at.table(touch.bag.f, touch.k).column;
     const int64_t first = touch.bag.b * columns + column + touch.chunk * width + z;
-    load(grad + first, to);
-    if (argmax) {
-      for (int j = 0; j < kVector; ++j) to[j] = argmax[first + j] == touch.n ? to[j] : real(0);
-    }
-    if (sample_weights) scale(to, sample_weights[touch.n]);
+    load_share(grad, argmax, sample_weights, first, touch.n, to);
     const real divisor = at.template divisor<real>(touch.bag.f, touch.bag.b, pooling);
     return touch.negative ? -divisor : divisor;
   }

@@ -150,6 +150,18 @@ __device__ void negate_if(bool negative, real (&v)[kVector]) {
   for (int i = 0; i < kVector; ++i) v[i] = negative ? -v[i] : v[i];
 }
 
+// What position n passes back of a bag's gradient [B, columns], from number `first` on, but for a mean's division.
+// argmax and sample_weights as in a Lookup.
+template <typename real, int kVector>
+__device__ void load_share(const real* grad, const int64_t* argmax, const real* sample_weights, int64_t first,
+                           int64_t n, real (&to)[kVector]) {
+  load(grad + first, to);
+  if (argmax) {
+    for (int i = 0; i < kVector; ++i) to[i] = argmax[first + i] == n ? to[i] : real(0);
+  }
+  if (sample_weights) scale(to, sample_weights[n]);
+}
+
 // Sums in the order of index_map.h, kVector numbers at a time.
 template <typename real, int kVector>
 struct OrderedSum {
@@ -306,12 +318,7 @@ struct Lookup : Batch<Map> {
   // What position n passes back to numbers d.. of a part that begins in column `column`.
   template <int kVector>
   __device__ void passed_back(const Bag& bag, int64_t n, int64_t column, int d, real (&to)[kVector]) const {
-    const int64_t first = bag.b * columns + column + d;
-    load(grad + first, to);
-    if (argmax) {
-      for (int i = 0; i < kVector; ++i) to[i] = argmax[first + i] == n ? to[i] : real(0);
-    }
-    if (sample_weights) scale(to, sample_weights[n]);
+    load_share(grad, argmax, sample_weights, bag.b * columns + column + d, n, to);
     const real divisor = at.template divisor<real>(bag.f, bag.b, pooling);
     if (divisor != real(1)) {
       for (int i = 0; i < kVector; ++i) to[i] /= divisor;

@@ -15,7 +15,7 @@ from data.database import Database, column_sql
 from data.encode import Preparation, Schema, arrange, encode_multi, encode_single, used_columns, write_arrays
 from data.prepared import Prepared, Writer, fingerprint, prepare_once
 from data.rejects import Rejected, load, refusing, write_quarantine
-from data.source import FINITE, Source, describe, reading_sql
+from data.source import FINITE, Source, describe, means_more, reading_sql
 
 SPLITS = ("train", "valid", "test")
 READING, ORDERING, NUMBERING, WRITING = 0.5, 0.05, 0.3, 0.15  # shares of the time, as measured on Criteo rows
@@ -65,7 +65,10 @@ class FileDataset:
             raise ValueError(f"data.split={dict(self.split)}: here the files are the splits; set data.split=null")
         self.feature_names, self.dense_names = self.schema.features, list(self.schema.dense)
         options = (self.schema.identity(), self.preparation.identity(), self.on_error)
-        self.fingerprint = fingerprint([source.path for source in self._sources()], options)
+        paths = [source.path for source in self._sources()]
+        if any(map(means_more, paths)):
+            options += ("one file each",)  # what was prepared when others were read as well is not taken for this
+        self.fingerprint = fingerprint(paths, options)
         stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.name)
         self.folder = Path(self.cache) / f"{stem}-{self.fingerprint[:16]}"
         self._prepared: Prepared | None = None

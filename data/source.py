@@ -98,9 +98,14 @@ def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
 
 
 def one_file(path: Path) -> str:
-    """The arguments with which DuckDB reads this file alone: by default * ? [ in its name mean other files too, and a
-    folder named user=7 replaces the column user."""
+    """The arguments with which DuckDB reads this file alone: see `means_more`."""
     return literal(re.sub(r"[*?[]", r"[\g<0>]", str(path))) + ", hive_partitioning=false"
+
+
+def means_more(path: Path) -> bool:
+    """Whether DuckDB reads more into a file's name by itself: * ? [ mean other files too, and a folder named user=7
+    replaces the column user."""
+    return re.search(r"[*?[=]", str(path)) is not None
 
 
 def describe(path: Path) -> list[tuple[str, str]]:

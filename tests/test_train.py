@@ -552,7 +552,7 @@ REFUSED = [
     (["embedding=fast", "deterministic=true"], ["atomic", "rows or sorted"]),
     (
         ["embedding=bloom", "embedding.accumulate=auto", "optimizer/embedding=adam"],
-        ["embedding.accumulate=auto", "Adam"],
+        ["embedding.accumulate=auto", "Adam", "rows or sorted"],
     ),
     (
         ["embedding=bloom", "embedding.accumulate=auto", "optimizer.embedding.weight_decay=0.5"],
@@ -775,6 +775,13 @@ def test_a_sweeps_folder_with_the_result_of_another_configuration_is_refused_and
     status, _, err = cli(*ONE, "compression=0.5")
     assert status == 2 and "has the result of another configuration" in err and "hydra.sweep.dir" in err
     assert file.read_text() == kept
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", sorted(path.stem for path in (train.CONF / "sweep").glob("*.yaml")))
+def test_every_sweep_has_three_seeds_or_more(name):
+    lines = jobs.grids(name, ["-m", f"sweep={name}"])
+    assert sum(map(train.count_jobs, lines)) >= 3 * len(lines)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tables import TABLE, samples_of
 
 from data import table as table_module
-from data.prepared import Writer
+from data.prepared import Writer, fingerprint
 from data.table import Table
 
 pytestmark = pytest.mark.once  # hydra only makes its readers
@@ -162,6 +162,9 @@ def test_the_named_file_alone_is_read_whatever_its_name(table, tmp_path, name, k
         duckdb.execute(f"COPY (SELECT * FROM {rows}) TO '{path}' (FORMAT {kind})")
     dataset = table(None, name=f"{name}.{kind}")
     assert samples_of(dataset, "train") == [([1.0], [[1]], 1.0)] and dataset.num_samples["test"] == 1
+    options = (dataset.schema.identity(), dataset.preparation.identity(), dataset.on_error)
+    is_plain = dataset.fingerprint == fingerprint([path], options)  # by which rows of other files may lie prepared
+    assert is_plain == (name == "{t,t1}")
 
 
 def test_a_list_column_of_parquet_is_multi_valued(table, tmp_path):
