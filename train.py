@@ -276,8 +276,7 @@ def has_result(config: dict, folder: Path) -> bool:
         with refusals():
             return build("data", config["data"]).fingerprint
 
-    several = HydraConfig.get().mode == RunMode.MULTIRUN
-    key = "hydra.sweep.dir" if several else "hydra.run.dir"
+    key = "hydra.run.dir" if HydraConfig.get().mode == RunMode.RUN else "hydra.sweep.dir"
     return jobs.is_completed(folder, config_hash(config), fingerprint, key=key)
 
 
