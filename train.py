@@ -197,7 +197,7 @@ OmegaConf.register_new_resolver("job_folder", jobs.job_folder, replace=True)
 def run(composed) -> float | None:
     """One run, in the folder that hydra made for it. Returns what a search maximises: the AUC of `run_once`."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    config = OmegaConf.to_container(composed, resolve=True)
+    config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     if config.pop("sweep", None) is not None:
         return run_job(config, folder)
     if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -15,7 +15,7 @@ from data.database import Database, column_sql
 from data.encode import Preparation, Schema, arrange, encode_multi, encode_single, used_columns, write_arrays
 from data.prepared import Prepared, Writer, fingerprint, prepare_once
 from data.rejects import Rejected, load, refusing, write_quarantine
-from data.source import FINITE, Source, describe, means_more, reading_sql
+from data.source import FINITE, LIST, Source, describe, means_more, reading_sql
 
 SPLITS = ("train", "valid", "test")
 READING, ORDERING, NUMBERING, WRITING = 0.5, 0.05, 0.3, 0.15  # shares of the time, as measured on Criteo rows
@@ -220,7 +220,9 @@ class FileDataset:
             return "DOUBLE"
         if column == self.schema.time:
             return time_type(self.schema)
-        return self.schema.id_type if column in self.schema.categorical else "VARCHAR"
+        if column in self.schema.categorical:
+            return self.schema.id_type
+        return LIST if self.schema.multi_valued.get(column, "") is None else "VARCHAR"
 
     def _encode(self, db: Database, folder: Path, counts: dict[str, int]) -> tuple[dict, Writer]:
         """Writes the arrays. Returns what the manifest says, and the writer to finish."""
@@ -231,8 +233,8 @@ class FileDataset:
         for i, name in enumerate(self.feature_names):
             db.step(f"numbering {name}", NUMBERING / len(self.feature_names))
             job = (db, name, f"feature{i}", counted, self.preparation)
-            separator = self.schema.multi_valued.get(name)
-            cardinalities[name] = encode_single(*job) if separator is None else encode_multi(*job, separator)
+            multi = self.schema.multi_valued
+            cardinalities[name] = encode_multi(*job, multi[name]) if name in multi else encode_single(*job)
         db.step("writing arrays", WRITING)
         writer = write_arrays(db, self.schema, folder, counts["train"])
         manifest = {

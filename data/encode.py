@@ -27,8 +27,8 @@ ID_ORDERS = {  # SQL; first: the row where the value first occurs
 class Schema:
     """What the columns mean. more: files of the same columns, whose rows follow main's. sides: further files, each with
     the column that it shares with main. threshold: the label is value >= threshold; None: it is 0 or 1. dense: column
-    -> none, log1p, shifted_log or standardize. multi_valued: column -> separator. time: the column that orders the
-    split. id_type: SQL type of the categorical columns."""
+    -> none, log1p, shifted_log or standardize. multi_valued: column -> separator, None where it
+    is a list. time: the column that orders the split. id_type: SQL type of the categorical columns."""
 
     main: Source
     sides: tuple[tuple[Source, str], ...]
@@ -36,7 +36,7 @@ class Schema:
     threshold: float | None
     dense: Mapping[str, str]
     categorical: tuple[str, ...]
-    multi_valued: Mapping[str, str]
+    multi_valued: Mapping[str, str | None]
     time: str | None
     id_type: str = "VARCHAR"
     more: tuple[Source, ...] = ()
@@ -201,15 +201,17 @@ def encode_single(db: Database, name: str, table: str, counted: int, preparation
     return num_ids
 
 
-def encode_multi(db: Database, name: str, table: str, counted: int, preparation: Preparation, separator: str) -> int:
-    """Makes `table` (place, ids: list) of a multi-valued feature; NULL and '' are empty bags.
-    counted: see encode_single. Work is per distinct text: few where the column comes from a side table."""
+def encode_multi(
+    db: Database, name: str, table: str, counted: int, preparation: Preparation, separator: str | None
+) -> int:
+    """Makes `table` (place, ids: list) of a multi-valued feature; NULL and '' are empty bags. separator: None where the
+    column is a list. counted: see encode_single. Work is per distinct text: few where it comes from a side table."""
     column = column_sql(name)
-    split = f"list_transform(string_split({column}, {literal(separator)}), lambda x: trim(x))"
+    split = column if separator is None else f"string_split({column}, {literal(separator)})"
+    parts = f"list_filter(list_transform({split}, lambda x: trim(x)), lambda x: x <> '')"
     db.run(
         f"CREATE OR REPLACE TEMP TABLE texts AS SELECT {column} AS text, count(*) FILTER (rowid < {counted}) AS seen, "
-        f"min(rowid) AS first, list_filter({split}, lambda x: x <> '') AS parts "
-        f"FROM rows WHERE {column} IS NOT NULL GROUP BY {column}"
+        f"min(rowid) AS first, {parts} AS parts FROM rows WHERE {column} IS NOT NULL GROUP BY {column}"
     )
     grouped = "SELECT value, sum(seen) AS seen, min(first) AS first FROM parted GROUP BY value"
     db.run(

@@ -7,7 +7,7 @@ import duckdb
 
 from data.database import column_sql
 from data.rejects import refusing
-from data.source import Source, reading_sql
+from data.source import LIST, Source, list_columns, reading_sql
 
 SAMPLE_ROWS = 10_000
 LABELS = ("label", "click", "clicked", "target", "is_click", "conversion", "rating", "y")
@@ -64,12 +64,15 @@ def inferred_yaml(sources: Sequence[Source], keys: Sequence[str]) -> str:
     SAMPLE_ROWS rows of each file (a bad row there is passed over). keys: the column that each file after the first
     shares with it."""
     facts: dict[str, Facts] = {}
+    lists: list[str] = []
     for source in sources:
         con = duckdb.connect()
-        sql = reading_sql(source, dict.fromkeys(source.names, "VARCHAR"))
+        own = [name for name in list_columns(source) if name not in facts]
+        sql = reading_sql(source, {name: LIST if name in own else "VARCHAR" for name in source.names})
         with refusing(source):
             con.execute(f"CREATE TABLE sample AS SELECT * FROM ({sql}) LIMIT {SAMPLE_ROWS}")
-        facts |= {name: facts_of(con, name) for name in source.names if name not in facts}
+        facts |= {name: facts_of(con, name) for name in source.names if name not in (*facts, *own)}
+        lists += own
     label = next((n for word in LABELS for n in facts if n.lower() == word), None)
     label = label or next((n for n in facts if facts[n].is_binary), None)
     rest = [n for n in facts if n != label]
@@ -79,6 +82,7 @@ def inferred_yaml(sources: Sequence[Source], keys: Sequence[str]) -> str:
     multi = [n for n in rest if facts[n].separator and n not in keys]
     dense = [n for n in rest if facts[n].is_quantity(n) and n not in keys]
     joins = [f"  - {{path: {word(s.path.name)}, key: {word(k)}}}" for s, k in zip(sources[1:], keys, strict=True)]
+    several = [f"  {word(n)}: {word(facts[n].separator)}" for n in multi] + [f"  {word(n)}: null" for n in lists]
     lines = [
         "# conf/data/NAME.yaml; python train.py data=NAME",
         "defaults: [table, _self_]",
@@ -88,7 +92,7 @@ def inferred_yaml(sources: Sequence[Source], keys: Sequence[str]) -> str:
         *([f"label_threshold: {facts[label].median}  # 1 from this value on"] if is_graded(label, facts) else []),
         block("dense", [f"  {word(n)}: {'log1p' if facts[n].low >= 0 else 'standardize'}" for n in dense], "null"),
         block("categorical", [f"  - {word(n)}" for n in rest if n not in dense and n not in multi], "[]"),
-        block("multi_valued", [f"  {word(n)}: {word(facts[n].separator)}" for n in multi], "null"),
+        block("multi_valued", several, "null"),
         f"time: {word(time)}" if time else "time: null  # the split follows the file's order",
     ]
     return "\n".join(lines)

@@ -4,17 +4,15 @@ Two kinds: rows that DuckDB cannot read (missing or extra columns, a number that
 which its rejects tables hold; and rows whose value means nothing (a label that is not 0 or 1, a dense value that is not
 finite), which the checks of the Source find among the rows that were read."""
 
-import gzip
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import duckdb
 
 from data.database import Database, column_sql, quoted
-from data.source import MAX_BAD_ROWS, MAX_ERRORS, Source, reading_sql
+from data.source import MAX_BAD_ROWS, MAX_ERRORS, Source, open_bytes, reading_sql
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,6 @@ def without_meaning(
         reason = f"{checks[name][1]}, not {'empty' if value is None else value}"
         found.append(Rejected(source.path, line + before, name, reason, "", unit))
     return with_text(source.path, found) if exact else found
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """A plain or gzip file, opened to read its bytes."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
 def count_lines(path: Path) -> int | None:

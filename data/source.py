@@ -1,10 +1,13 @@
 """What a file is: its columns, how they are separated, what must hold of them; and the SQL that reads it."""
 
 import csv
+import gzip
 import re
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import duckdb
 
@@ -15,9 +18,12 @@ FINITE = "isfinite({0}) AND abs({0}) <= 3.4e38"  # beyond that a float32 is infi
 TYPED_HEADER = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's atomic files: user_id:token
 COMPRESSED = {".gz", ".zst"}
 DELIMITERS = {".tsv": "\t", ".txt": "\t", ".inter": "\t", ".user": "\t", ".item": "\t", ".dat": "::"}
+LIST = "VARCHAR[]"  # the SQL type in which a list column is read
 NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
+MAX_LINE = 2 << 20  # bytes; DuckDB refuses longer ones
 MAX_BAD_ROWS = 100_000  # beyond this the format is misunderstood, whatever data.on_error says; it also bounds memory
 MAX_ERRORS = 4 * MAX_BAD_ROWS  # a row may have several
+FORMATS = {b"PAR1": ".parquet", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # by a file's first bytes
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,20 @@ def open_source(
     """A Source with the names of its columns, from its first line or its Parquet schema; nothing else is read. A column
     without a name, as that of the index in pandas' files, is called column1, column2, ... by its place.
     delimiter: None chooses by the file's name (`DELIMITERS`, else a comma). quote: None is '"' with a comma, else none.
-    Raises ValueError if there is no such file, it is empty, or its first line does not fit the columns."""
+    Raises ValueError if there is no such file, it is empty or not what its name says, or its first line does not fit
+    the columns."""
     if not path.is_file():
         known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ValueError(f"data.path: no file {path}{nearest(path.name, known)}")
+    if delimiter is not None and not 1 <= len(delimiter.encode()) <= 4:
+        raise ValueError(f"data.delimiter={delimiter!r}: must be text of 1 to 4 bytes, as ';' or '::'")
+    if quote is not None and len(quote.encode()) > 1:
+        raise ValueError(f"data.quote={quote!r}: must be one ASCII character, or '' for none")
+    check_format(path)
     if path.suffix == ".parquet":
         return Source(path, tuple(row[0] for row in describe(path)), "", "", False)
     kind = path.suffixes[-2:-1] if path.suffix in COMPRESSED else path.suffixes[-1:]
-    delimiter = delimiter or DELIMITERS.get("".join(kind), ",")
+    delimiter = delimiter if delimiter is not None else DELIMITERS.get("".join(kind), ",")
     quote = quote if quote is not None else ('"' if delimiter == "," else "")
     found = first_row(path, delimiter, quote)
     if columns is None and header:
@@ -80,21 +92,50 @@ def open_source(
     return Source(path, tuple(columns), delimiter, quote, header)
 
 
+def check_format(path: Path) -> None:
+    """Raises ValueError if a file's first bytes are of a format that its name does not end in."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    found = next((suffix for magic, suffix in FORMATS.items() if start.startswith(magic)), None)
+    if found is not None and path.suffix != found:
+        raise ValueError(f"data.path: {path} begins as a {found} file does, so its name must end in {found}")
+
+
 def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
     """The fields of the first line of a text file, plain or compressed. Raises ValueError if there is none."""
+    try:
+        line = first_line_of_zst(path) if path.suffix == ".zst" else first_line_of(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:1: is not UTF-8 ({error.reason}): convert the file, as with iconv") from None
+    except (duckdb.Error, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"data.path: {path} cannot be read: {error}") from None
+    if not line:
+        raise ValueError(f"{path}:1: the first line is empty")
+    if quote and len(delimiter) == 1:
+        return next(csv.reader([line], delimiter=delimiter, quotechar=quote))
+    return line.split(delimiter)
+
+
+def first_line_of(path: Path) -> str:
+    """The first line of a plain or gzip file, without its end and a byte order mark."""
+    with open_bytes(path) as file:
+        first, *_ = file.readline(MAX_LINE).splitlines() or [b""]
+    return first.decode("utf-8-sig")
+
+
+def first_line_of_zst(path: Path) -> str | None:
+    """The first line that is UTF-8, which only DuckDB can see."""
     sql = (
         f"SELECT line FROM read_csv({one_file(path)}, auto_detect=false, header=false, delim='\x01', quote='', "
         "escape='', columns={'line': 'VARCHAR'}, strict_mode=false, ignore_errors=true) LIMIT 1"
     )
-    try:
-        row = duckdb.execute(sql).fetchone()
-    except duckdb.Error as error:
-        raise ValueError(f"data.path: {path} cannot be read: {error}") from None
-    if row is None or row[0] is None:
-        raise ValueError(f"{path}:1: the first line is empty")
-    if quote and len(delimiter) == 1:
-        return next(csv.reader([row[0]], delimiter=delimiter, quotechar=quote))
-    return row[0].split(delimiter)
+    row = duckdb.execute(sql).fetchone()
+    return None if row is None else row[0]
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A plain or gzip file, opened to read its bytes."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
 def one_file(path: Path) -> str:
@@ -113,17 +154,13 @@ def describe(path: Path) -> list[tuple[str, str]]:
     try:
         rows = duckdb.execute(f"DESCRIBE SELECT * FROM read_parquet({one_file(path)})").fetchall()
     except duckdb.Error as error:
-        raise ValueError(f"data.path: {path} cannot be read: {error}") from None
+        raise ValueError(f"data.path: {path} cannot be read: {str(error).splitlines()[0]}") from None
     return [(row[0], row[1]) for row in rows]
 
 
-def joined_lists(source: Source, separators: Mapping[str, str]) -> Source:
-    """The same source, with each list column of a Parquet file joined by the separator that it will be split at."""
-    if not source.is_parquet:
-        return source
-    lists = {name for name, kind in describe(source.path) if kind.endswith("]")} & set(separators)
-    joins = {name: f"array_to_string({quoted(name)}, {literal(separators[name])})" for name in lists}
-    return replace(source, expressions={**source.expressions, **joins})
+def list_columns(source: Source) -> list[str]:
+    """The columns of a Parquet file whose values are lists; text has none."""
+    return [name for name, kind in describe(source.path) if kind.endswith("]")] if source.is_parquet else []
 
 
 def reading_sql(source: Source, types: Mapping[str, str]) -> str:
@@ -137,7 +174,7 @@ def reading_sql(source: Source, types: Mapping[str, str]) -> str:
         for name, kind in describe(source.path):
             if types.get(name) == "DOUBLE" and not kind.startswith(NUMBERS):
                 raise ValueError(f"{source.path}: column {name!r} has type {kind}; a number is needed")
-            if kind.endswith("]") and name in types and name not in source.expressions:
+            if kind.endswith("]") and types.get(name, LIST) != LIST:
                 raise ValueError(f"{source.path}: column {name!r} is a list ({kind}); name it in data.multi_valued")
         return f"SELECT {select} FROM read_parquet({one_file(source.path)})"
     kinds = {c: "VARCHAR" if c in source.expressions else types.get(c, "VARCHAR") for c in source.columns}

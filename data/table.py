@@ -10,13 +10,14 @@ from data.dataset import FileDataset
 from data.encode import Schema
 from data.infer import inferred_yaml
 from data.prepared import stored_order
-from data.source import Source, joined_lists, open_source
+from data.source import Source, list_columns, open_source
 
 TRANSFORMS = ("none", "log1p", "shifted_log", "standardize")
-# floor(ln(x)^2) above 2, else x; empty as 0: that of FuxiCTR for Criteo_x4, as the winners of Criteo's challenge
+# floor(ln(x)^2) above 2, else x; empty as 0: that of FuxiCTR for Criteo_x4, as the winners of Criteo's challenge.
+# What is no number stays as it is, to be refused by what it says
 BUCKET = (
-    "CASE WHEN {0} IS NULL THEN '0' ELSE CAST(TRY_CAST(CASE WHEN {1} > 2 THEN floor(pow(ln(greatest({1}, 1)), 2)) "
-    "ELSE trunc({1}) END AS BIGINT) AS VARCHAR) END"
+    "CASE WHEN {0} IS NULL THEN '0' ELSE coalesce(CAST(TRY_CAST(CASE WHEN {1} > 2 THEN "
+    "floor(pow(ln(greatest({1}, 1)), 2)) ELSE trunc({1}) END AS BIGINT) AS VARCHAR), {0}) END"
 )
 
 
@@ -26,8 +27,8 @@ class Table(FileDataset):
     test}; conf/data/table.yaml says what each key means.
 
     dense: {column: one of TRANSFORMS}. categorical: columns; buckets: those of them that are numbers, to be taken by
-    their magnitude. multi_valued: {column: separator}. joins: list of {path, key}: side files, looked up by a
-    column of the same name, whose paths are relative to the main file's folder.
+    their magnitude. multi_valued: {column: separator, None for a list column of Parquet}. joins: list of {path, key}:
+    side files, looked up by a column of the same name, whose paths are relative to the main file's folder.
     dense and multi_valued may be None: no such columns (the yaml says null, which the command line can replace).
     With neither dense, categorical nor multi_valued columns, prints the yaml that the file suggests and raises
     ValueError. ValueError too for a column that is not there, with the nearest name."""
@@ -44,7 +45,7 @@ class Table(FileDataset):
     dense: Mapping[str, str] | None
     categorical: Sequence[str]
     buckets: Sequence[str]
-    multi_valued: Mapping[str, str] | None
+    multi_valued: Mapping[str, str | None] | None
     time: str | None
     order: str
     split_seed: int
@@ -72,11 +73,11 @@ class Table(FileDataset):
         check_roles(self.label, dense, self.categorical, multi_valued, self.time, sources)
         if self.label_threshold is not None:
             check_number("data.label_threshold", self.label_threshold, -3e38, 3e38)
-        parts = [self._in_buckets(joined_lists(part, multi_valued)) for part in (main, *more)]
+        parts = [self._in_buckets(part) for part in (main, *more)]
         return main.path.name if not more else Path(self.path).resolve().name, Schema(
             main=parts[0],
             more=tuple(parts[1:]),
-            sides=tuple((self._in_buckets(joined_lists(side, multi_valued)), key) for side, key in sides),
+            sides=tuple((self._in_buckets(side), key) for side, key in sides),
             label=self.label,
             threshold=self.label_threshold,
             dense=dict(dense),
@@ -125,7 +126,8 @@ class Table(FileDataset):
     def _in_buckets(self, source: Source) -> Source:
         """The same source, with the magnitudes of the columns in buckets."""
         sql = {c: BUCKET.format(quoted(c), f"TRY_CAST({quoted(c)} AS DOUBLE)") for c in self.buckets}
-        checks = {c: (f"{column_sql(c)} IS NOT NULL", "must be a number (data.buckets)") for c in self.buckets}
+        whole = "regexp_full_match({0}, '-?[0-9]+')"
+        checks = {c: (whole.format(column_sql(c)), "must be a number (data.buckets)") for c in self.buckets}
         sql, checks = ({c: x for c, x in some.items() if c in source.columns} for some in (sql, checks))
         return replace(source, expressions={**source.expressions, **sql}, checks={**source.checks, **checks})
 
@@ -164,7 +166,7 @@ def check_roles(
     label: str | None,
     dense: Mapping[str, str],
     categorical: Sequence[str],
-    multi_valued: Mapping[str, str],
+    multi_valued: Mapping[str, str | None],
     time: str | None,
     sources: Sequence[Source],
 ) -> None:
@@ -201,6 +203,9 @@ def check_roles(
         )
     for name, transform in dense.items():
         check_choice(f"data.dense.{name}", transform, TRANSFORMS)
+    lists = [name for source in sources for name in list_columns(source)]
     for name, separator in multi_valued.items():
-        if not isinstance(separator, str) or not separator:
+        if name in lists and separator is not None:
+            raise ValueError(f"data.multi_valued.{name}={separator!r}: the column is a list, so it must be null")
+        if name not in lists and (not isinstance(separator, str) or not separator):
             raise ValueError(f"data.multi_valued.{name}={separator!r}: must be the text that separates the values")

@@ -81,6 +81,8 @@ def check_number(key: str, value, low: float, high: float, *, whole: bool = Fals
 def explain(error: Exception) -> str:
     """Hydra's refusal in one line, with what is allowed and the nearest valid spelling."""
     text = str(error)
+    if missing := re.search(r"Missing mandatory value.*full_key: (\S+)", text, re.DOTALL):
+        return f"{missing[1]} is not set, and has no default: {missing[1]}=..."
     if option := re.search(r"Could not find '(.+)/([^/']+)'", text):
         group, name = option.groups()
         allowed = sorted(path.stem for path in (CONF / group).glob("*.yaml"))

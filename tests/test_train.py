@@ -624,6 +624,12 @@ def test_refused_with_the_key_and_what_is_allowed(arguments, words, cli):
 
 
 @pytest.mark.once
+def test_a_key_that_has_no_default_is_named(cli):
+    status, _, err = cli("data=criteo_1tb")
+    assert status == 2 and "error: data.path is not set, and has no default: data.path=..." in err
+
+
+@pytest.mark.once
 def test_every_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(cli):
     keys = [*train.keys_below(""), *(f"trainer.{key}" for key in train.keys_below("trainer"))]
     keys = [key for key in keys if key not in ("features", "trainer")]

@@ -56,6 +56,9 @@ def test_buckets_are_magnitudes(table):
     assert ids(dataset) == [sorted(set(map(str, want))).index(str(w)) + 1 for w in want]
     with pytest.raises(ValueError, match=r"t\.csv:4:c: must be a number"):
         table(text.replace("\n0,\n", "\n0,many\n", 1), dense={}, buckets=["c"])
+    for value in ("nan", "0x10", "-1e30"):
+        with pytest.raises(ValueError, match=f"data.buckets.*, not {value}"):
+            table(text.replace("\n0,\n", f"\n0,{value}\n", 1), dense={}, buckets=["c"])
     with pytest.raises(ValueError, match="data.buckets.* has no 'd'; allowed: c"):
         table(ROWS, buckets=["d"])
 

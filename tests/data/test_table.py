@@ -167,13 +167,53 @@ def test_the_named_file_alone_is_read_whatever_its_name(table, tmp_path, name, k
     assert is_plain == (name == "{t,t1}")
 
 
-def test_a_list_column_of_parquet_is_multi_valued(table, tmp_path):
+@pytest.mark.parametrize(
+    "content, name, words",
+    [
+        ("y,d,prix\u00e9\n".encode("latin-1"), "t.csv", "t.csv:1: is not UTF-8 .*iconv"),
+        (ROWS.encode("utf-16"), "t.csv", "t.csv:1: is not UTF-8"),
+        (gzip.compress("y,d,prix\u00e9\n".encode("latin-1")), "t.csv.gz", "t.csv.gz:1: is not UTF-8"),
+        (gzip.compress(ROWS.encode()), "t.csv", "begins as a .gz file does, so its name must end in .gz"),
+        (b"PAR1 and the rest", "t.csv", "begins as a .parquet file does"),
+        (ROWS.encode(), "t.parquet", "t.parquet cannot be read: [^\n]*magic[^\n]*$"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(content, name, words, table, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        table(None, name=name, **ROLES)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(table, tmp_path):
+    (tmp_path / "t.csv").write_bytes(ROWS.encode("utf-8-sig"))
+    marked = samples_of(table(None, **ROLES), "test")
+    assert marked == samples_of(table(ROWS, **ROLES), "test")
+
+
+def test_a_quote_or_delimiter_that_is_none(table):
+    with pytest.raises(ValueError, match="data.quote='abc': must be one ASCII character, or '' for none"):
+        table(ROWS, quote="abc", **ROLES)
+    for delimiter in ("", "abcde"):
+        with pytest.raises(ValueError, match=f"data.delimiter='{delimiter}': must be text of 1 to 4 bytes"):
+            table(ROWS, delimiter=delimiter, **ROLES)
+
+
+def test_a_list_column_of_parquet_is_multi_valued(table, tmp_path, capsys):
     rows = (
-        "(VALUES (1, 0.5, 'a', ['x', 'y']), (0, 1.0, 'b', []), (1, 2.0, 'a', NULL), (0, 3.0, 'a', ['y'])) v(y, d, c, m)"
+        "(VALUES (1, 0.5, 'a', ['x|z', 'y', 'x', 'y']), (0, 1.0, 'b', []), (1, 2.0, 'a', NULL), "
+        "(0, 3.0, 'a', ['y', NULL, 'x|z', ''])) v(y, d, c, m)"
     )
     duckdb.execute(f"COPY (SELECT * FROM {rows}) TO '{tmp_path / 't.parquet'}'")
-    dataset = table(None, name="t.parquet", **ROLES)
-    assert [bags[1] for _, bags, _ in samples_of(dataset, "test")] == [[], [2]]
+    dataset = table(None, name="t.parquet", **ROLES | {"multi_valued": {"m": None}, "id_order": "lexical"})
+    bags = [bags[1] for split in ("train", "test") for _, bags, _ in samples_of(dataset, split)]
+    assert bags == [[2, 3, 1, 3], [], [], [3, 2]]
+    with pytest.raises(ValueError, match="no columns are named"):
+        table(None, name="t.parquet", label=None, dense={}, categorical=[])
+    assert "multi_valued:\n  m: null\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="multi_valued.m='|': the column is a list, so it must be null"):
+        table(None, name="t.parquet", **ROLES)
+    with pytest.raises(ValueError, match="multi_valued.c=None: must be the text that separates"):
+        table(None, name="t.parquet", dense={}, categorical=["d"], multi_valued={"c": None})
     with pytest.raises(ValueError, match="'m' is a list .*data.multi_valued"):
         table(None, name="t.parquet", categorical=["c", "m"])
     with pytest.raises(ValueError, match="'c' has type VARCHAR; a number is needed"):
