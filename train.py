@@ -153,6 +153,9 @@ def launch(given: list[str], folder: Path) -> int:
     return 0
 
 
+BEFORE_A_RUN = ("resolved.yaml", HELD)  # files that are in a run's folder, beside .hydra, before its first record
+
+
 class Busy(ConfigError):
     """Another process trains in the run's folder."""
 
@@ -206,10 +209,10 @@ def run(composed) -> float | None:
         return run_once(config, folder)
     except Busy:  # the folder is another process's
         raise
-    except ConfigError:
-        if not (folder / "metrics.jsonl").exists():  # nothing but the refused config: leave no folder behind
+    except (ConfigError, KeyboardInterrupt):
+        if not (folder / "metrics.jsonl").exists():  # nothing but the config: leave no folder behind
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
-            for name in ("resolved.yaml", HELD):
+            for name in BEFORE_A_RUN:
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -592,7 +595,8 @@ def build(key: str, node: dict):
 def check_folder(arguments: list[str]) -> Path | None:
     """The folder that a command line names, or None. Raises ConfigError if it is not empty: runs are never overwritten.
 
-    This comes before hydra starts, since hydra writes .hydra into the folder."""
+    This comes before hydra starts, since hydra writes .hydra into the folder. What a run leaves that died before it
+    recorded anything is as good as nothing."""
     for argument in arguments:
         if jobs.key_of(argument) == "hydra.mode":
             raise ConfigError(f"{argument}: several runs are python train.py -m ...")
@@ -600,7 +604,8 @@ def check_folder(arguments: list[str]) -> Path | None:
         key, folder, goes_on = "hydra.sweep.dir", jobs.said_folder(arguments), False
     else:
         key, (folder, goes_on) = "hydra.run.dir", composed_folder(arguments)
-    if folder is not None and any(folder.glob("*")) and not (goes_on and (folder / ".hydra").is_dir()):
+    is_taken = folder is not None and any(file.name not in (".hydra", *BEFORE_A_RUN) for file in folder.glob("*"))
+    if is_taken and not (goes_on and (folder / ".hydra").is_dir()):
         raise ConfigError(f"{key}={folder}: that folder is not empty, and runs are not overwritten; name a new one")
     return folder
 

@@ -21,6 +21,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from data.synthetic import Synthetic
 from data.teacher import Teacher
 from dlrm import checkpoint, jobs
 from dlrm.linear import cpu_flags, emulates_bf16
@@ -460,6 +461,25 @@ def test_a_run_folder_is_never_overwritten(cli, tmp_path):
     status, _, err = cli(*SMALL, "hydra.run.dir=mine", "seed=5")
     assert status == 2 and "not empty" in err
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+
+
+@pytest.mark.once
+def test_a_run_that_ends_before_its_first_record_leaves_its_folder_free(cli, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Synthetic, "prepare", interrupted)
+        assert cli(*SMALL, "hydra.run.dir=mine")[0] == 130
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "mine/.hydra").mkdir(parents=True)  # as a kill leaves it
+    for name in (".held", ".hydra/config.yaml", "resolved.yaml"):
+        (tmp_path / "mine" / name).touch()
+    with held(tmp_path / "mine"):
+        status, _, err = cli(*SMALL, "hydra.run.dir=mine")
+        assert status == 2 and f"mine: process {os.getpid()} is training there" in err
+        assert (tmp_path / "mine/.hydra/config.yaml").read_bytes() == b""
+    assert cli(*SMALL, "hydra.run.dir=mine")[0] == 0
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
