@@ -6,6 +6,7 @@ python train.py embedding=hashed compression=0.1
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -87,6 +88,8 @@ def main() -> int:
         return 130
     else:
         return 0
+    finally:
+        gc.collect()  # once more at exit frees what an error left half-way, or duckdb lists all its types as leaked
     return 2
 
 
