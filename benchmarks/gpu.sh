@@ -71,32 +71,35 @@ if ((num_failed)); then
   cat "$log"
   exit 1
 fi
-stage cuda-tests 85 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -vv --tb=short -n 8 --dist worksteal \
+stage cuda-tests 80 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -vv --tb=short -n 8 --dist worksteal \
   $("$PYTHON" -c 'import pytest_timeout' 2>/dev/null && echo --timeout=60) --continue-on-collection-errors \
   -m "not slow" -k "cuda and not on_host and not test_settings and not test_linear" tests
 stage roof 80 "$PYTHON" -m benchmarks.roof --device cuda
-stage step 75 "$PYTHON" -m benchmarks.step --device cuda --optimizers sgd --batches 65536,2048 --rounds 3 --seconds 0.1
+stage step 95 "$PYTHON" -m benchmarks.step --device cuda --optimizers sgd --batches 65536,2048 --rounds 3 --seconds 0.1
 # the grid as its authors measured it
 stage grids 40 "$PYTHON" -m benchmarks.grids --device cuda --grids fast --rows 10,1000,100000 --dims 8,32,128 \
   --batches 32,2048,16384 --seconds 0.05
 # a case of each map, combination, rule and kernel: under a sanitizer the whole suite would take hours
 one_of_each="every_map_and_combine and (add or mixed) or native_update and hashed and not sign and (float32 or ADAM)"
-one_of_each+=" or atomic_errs and (dense or bloom) or loop_over_pairs and (3x26x16 or 2x9x33)"
+one_of_each+=" or atomic_errs and (dense or bloom)"
+interactions="loop_over_pairs and (3x26x16 or 2x9x33)"
+# sanitizer TOOL SECONDS TESTS FILES...: of tests/embeddings
 sanitizer() {
-  stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 3 \
-    "$PYTHON" -m pytest -vv --tb=short -k "cuda and native and ($one_of_each)" \
-    tests/embeddings/test_bag.py tests/embeddings/test_fused.py tests/embeddings/test_gradients.py \
-    tests/embeddings/test_interaction.py
+  local tool=$1 limit=$2 tests=$3
+  shift 3
+  stage "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 3 \
+    "$PYTHON" -m pytest -vv --tb=short -k "cuda and native and ($tests)" "${@/#/tests/embeddings/}"
 }
-sanitizer memcheck 50
-stage lookup 50 "$PYTHON" -m benchmarks.lookup --device cuda --tables kaggle/10 --dims 16,128 --bags 1 \
+sanitizer memcheck 50 "$one_of_each or $interactions" test_bag.py test_fused.py test_gradients.py test_interaction.py
+stage lookup 25 "$PYTHON" -m benchmarks.lookup --device cuda --tables kaggle/10 --dims 16,128 --bags 1 \
   --batches 2048,65536 --laws uniform --works forward,sgd,rowwise_adagrad --backends "dense,hashed 0.01 block 16" \
   --seconds 0.2
 stage train 30 "$PYTHON" train.py embedding=hashed compression=0.1 device=cuda native=require data_on_device=true
-sanitizer racecheck 20
-sanitizer initcheck 20
+sanitizer racecheck 25 "$interactions" test_interaction.py # of shared memory, which no other kernel of ours has
+sanitizer initcheck 25 "native_update and hashed and not sign and (float32 or ADAM) or $interactions" \
+  test_fused.py test_interaction.py
 stage interaction 15 "$PYTHON" -m benchmarks.interaction --device cuda
-stage growth 15 "$PYTHON" -m benchmarks.growth --device cuda --quick
+stage growth 10 "$PYTHON" -m benchmarks.growth --device cuda --quick
 
 printf '\n%s\n' "make gpu: $num_failed stages of ${#stages[@]} not ok; $log has their output"
 printf '  %s\n' "${stages[@]}"

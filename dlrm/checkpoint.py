@@ -245,17 +245,19 @@ def _key(key: str) -> tuple[int, str]:
 
 def _targets(path: Path, name: str, manifest: dict, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Where to read an optimizer's tensors: its own, or new ones. Raises ValueError if they are not the saved ones."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
     saved, targets = manifest["files"][name]["tensors"], _split(optimizer)[0]
     for key in [*saved, *manifest["optimizers"][name]["scalars"]]:
-        if _key(key)[0] >= len(parameters):
+        if _key(key)[0] >= len(groups):
             raise ValueError(
-                f"resume={path}: {name} has {len(parameters)} parameters in this run, too few for the saved '{key}'"
+                f"resume={path}: {name} has {len(groups)} parameters in this run, too few for the saved '{key}'"
             )
     for key, (dtype, shape) in saved.items():
         if key not in targets:
-            # made by the first step of most optimizers; counts of steps live on the CPU
-            device = parameters[_key(key)[0]].device if shape else "cpu"
+            # made by the first step of most optimizers; counts of steps live on the CPU, but of fused steps
+            parameter, group = groups[_key(key)[0]]
+            is_there = shape or group.get("fused") or group.get("capturable")
+            device = parameter.device if is_there else "cpu"
             targets[key] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     _check_layout(path, name, saved, targets)
     return targets

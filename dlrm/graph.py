@@ -41,6 +41,7 @@ class CudaGraphs:
             try:
                 run()
             except BaseException:
+                self._failed = graph  # it stays: the allocator of pinned memory still asks it what it captures
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
                 with contextlib.suppress(RuntimeError):  # where the end of a capture that failed has failed, too

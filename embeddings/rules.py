@@ -99,7 +99,7 @@ def step_rows(
         _write(first, rows, total)
         change = step.lr * grads / (_square_root(total) + step.eps)
     elif rule == Rule.ROW_WISE_ADAGRAD:
-        total = _read(first, rows) + fold(grads * grads) / grads.shape[1]
+        total = _read(first, rows) + _divided(fold(grads * grads), grads.shape[1])
         _write(first, rows, total)
         change = grads * (step.lr / (_square_root(total) + step.eps))[:, None]
     else:
@@ -107,7 +107,7 @@ def step_rows(
         square = _read(second, rows) * step.beta2 + grads * grads * (1 - step.beta2)
         _write(first, rows, mean)
         _write(second, rows, square)
-        change = step.lr * mean / (_square_root(square / step.correction) + step.eps)
+        change = step.lr * mean / (_square_root(_divided(square, step.correction)) + step.eps)
     if weights.dtype in (torch.float32, torch.float64):
         weights.sub_(change) if rows is None else weights.index_add_(0, rows, change, alpha=-1)
     else:
@@ -125,6 +125,11 @@ def fold(values: Tensor) -> Tensor:
         first, second = values[:, :half], values[:, half:]
         values = torch.cat([first[:, : second.shape[1]] + second, first[:, second.shape[1] :]], 1)
     return values[:, 0]
+
+
+def _divided(values: Tensor, by: float) -> Tensor:
+    """By a tensor on their device: by a plain number torch's CUDA multiplies by the inverse, which can round apart."""
+    return values / values.new_full((), by)
 
 
 def _square_root(values: Tensor) -> Tensor:

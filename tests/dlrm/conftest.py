@@ -22,6 +22,7 @@ def make_trainer(tmp_path):
         model = DLRM(
             bags, len(data.dense_names), embedding_dim=4, bottom_mlp=[4], top_mlp=[8, 1], interaction=DotInteraction
         )
+        model.to(settings.get("device", "cpu"))
         (tmp_path / folder).mkdir(exist_ok=True)
         log = RunLog(tmp_path / folder, facts={"seed": 0}, hparams={"lr": lr}, after=after)
         return Trainer(

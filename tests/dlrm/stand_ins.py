@@ -32,6 +32,8 @@ SETTINGS = {
 class StandInBags(nn.Module):
     """One EmbeddingBag per feature behind the interface of embeddings.EmbeddingBags."""
 
+    is_fused = False
+
     def __init__(self, cardinalities: dict[str, int], embedding_dim: int, *, sparse: bool = False):
         super().__init__()
         self.names = list(cardinalities)
@@ -41,7 +43,7 @@ class StandInBags(nn.Module):
 
     def forward(self, ids: Tensor, offsets: Tensor | None) -> Tensor:
         if offsets is None:
-            offsets = torch.arange(len(ids) + 1)
+            offsets = torch.arange(len(ids) + 1, device=ids.device)
         batch_size = (len(offsets) - 1) // self.num_features
         vectors = []
         for f, bag in enumerate(self.bags):

@@ -274,3 +274,12 @@ def test_saving_and_loading_hold_no_second_copy(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     save_MiB, load_MiB = map(int, result.stdout.split())
     assert save_MiB < 16 and load_MiB < 16  # of 128
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_count_of_steps_is_read_to_where_the_optimizer_keeps_it(fused):
+    optimizer = torch.optim.Adam([torch.empty(2, device="meta", requires_grad=True)])
+    optimizer.param_groups[0]["fused"] = fused  # as on CUDA, where a fused step reads it on the device
+    manifest = {"files": {"o": {"tensors": {"0.step": ["float32", []]}}}, "optimizers": {"o": {"scalars": {}}}}
+    targets = checkpoint._targets(Path("x"), "o", manifest, optimizer)
+    assert targets["0.step"].device.type == ("meta" if fused else "cpu")

@@ -162,14 +162,19 @@ def test_native_kernels_of_two_threads_equal_the_reference_of_one(native_kernels
 
 
 @each_kind
-def test_atomic_errs_at_most_twice_as_much_as_the_fp32_reference(kernels, device, kind):
+def test_atomic_errs_as_sums_taken_one_by_one_and_on_a_cpu_as_the_reference(kernels, device, kind, monkeypatch):
     case = make_case([[3000, 500], [1, 4000]], **{"num_slots": 5, **kind}, rows=(5,))
     grad = case.random_grad()
     exact = case._replace(weights=case.weights.double()).backward(reference, grad.double(), SUM)
     atomic = case.to(device).backward(kernels, grad.to(device), SUM, atomic=True).cpu()
-    of_reference = (case.backward(reference, grad, SUM) - exact).abs().max()
-    assert 0 < of_reference < 1e-5 * exact.abs().max()
-    assert (atomic - exact).abs().max() <= 2 * of_reference
+
+    def error(found):
+        return (found - exact).abs().max()
+
+    if device == "cpu":
+        assert 0 < error(atomic) == error(case.backward(reference, grad, SUM)) < 1e-5 * exact.abs().max()
+    monkeypatch.setattr(reference, "RUN", 1 << 40)  # no runs: from the first contribution to the last
+    assert error(atomic) <= 4 * error(case.backward(reference, grad, SUM)) < 1e-3 * exact.abs().max()
 
 
 def test_atomic_is_refused_when_deterministic_with_the_alternatives_named(ops):
