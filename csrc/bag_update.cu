@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Sums sums, Moved<typen
   const Step& step = *to.step;
   for (int64_t first = group.index; first < touches.count; first += group.count) {
     if (!touches.begins_slot(first)) continue;
-    const int64_t width = sums.width(first), begin = static_cast<int64_t>(touches.slots[first]) * to.unit;
+    const int64_t width = sums.width(first), begin = touches.slot(first) * to.unit;
     for (int z = 0; z < width; z += to.unit) {
       move<kSquares>(group, to, step, begin + z, [&](int d, auto& sum) { sums.sum(first, width, z + d, sum); });
     }

@@ -178,8 +178,8 @@ struct DoubleBuffer {
 };
 
 struct DeviceRadixSort {
-  template <typename value_t>
-  static cudaError_t SortPairs(void* memory, size_t& bytes, DoubleBuffer<uint64_t>& keys, DoubleBuffer<value_t>& values,
+  template <typename key_t, typename value_t>
+  static cudaError_t SortPairs(void* memory, size_t& bytes, DoubleBuffer<key_t>& keys, DoubleBuffer<value_t>& values,
                                int64_t count, int begin_bit, int end_bit, cudaStream_t) {
     bytes = 1;
     if (memory == nullptr) return cudaSuccess;

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #define EMBEDDINGS_THREADS_OF_BLOCK 32
+#define EMBEDDINGS_NARROW_UNITS 0  // so that slots of 64 bits are tested, too
 
 inline thread_local Place blockIdx, threadIdx;
 inline Place gridDim, blockDim;

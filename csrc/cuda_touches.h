@@ -8,37 +8,56 @@
 
 namespace embeddings::inline cuda {
 
+#ifdef EMBEDDINGS_NARROW_UNITS
+constexpr int64_t kNarrowUnits = EMBEDDINGS_NARROW_UNITS;
+#else
+constexpr int64_t kNarrowUnits = INT32_MAX;  // of slabs up to so many, slots are kept in 32 bits
+#endif
+
 // A touch is one chunk of one probe of an id. Its number: (occurrence * K + probe) * chunks + chunk. Occurrences number
 // the slab's ids by feature, sample and position: without offsets they are the bags f * B + b, with offsets the
 // positions, shifted so that the features' ranges follow one another in the slab's order.
 struct Touches {
-  uint64_t* slots;  // [M] first unit of the slot, kNoSlot where there is no touch of that number
+  void*
+      slots;  // [M] int32, or int64 if is_wide: first unit of the slot, kNoSlot where there is no touch of that number
+  bool is_wide;     // of a slab beyond kNarrowUnits; elsewhere 64 bits would be half as many bytes again to sort
   uint32_t* order;  // [M] touch number * 2, + 1 if its numbers count negatively
   uint32_t* bags;   // [N] bag f * B + b of each occurrence; nullptr without offsets
   int64_t* shifts;  // [F] occurrence - position; nullptr without offsets
   int64_t count, num_occurrences;
 
-  static constexpr uint64_t kNoSlot = ~0ull;
+  static constexpr int64_t kNoSlot = -1;
+
+  __device__ int64_t slot(int64_t i) const {
+    return is_wide ? static_cast<const int64_t*>(slots)[i] : static_cast<const int32_t*>(slots)[i];
+  }
+  __device__ void set_slot(int64_t i, int64_t unit) const {
+    if (is_wide) {
+      static_cast<int64_t*>(slots)[i] = unit;
+    } else {
+      static_cast<int32_t*>(slots)[i] = static_cast<int32_t>(unit);
+    }
+  }
 
   // The rest is for touches that are sorted by slot.
-  __device__ bool begins_slot(int64_t i) const { return slots[i] != kNoSlot && (i == 0 || slots[i - 1] != slots[i]); }
+  __device__ bool begins_slot(int64_t i) const { return slot(i) != kNoSlot && (i == 0 || slot(i - 1) != slot(i)); }
   // The touch in [q * kRun, + kRun) that begins a run, but not its slot's first one; -1 if none does. There is at most
   // one: it is of the slot at q * kRun, as a slot that begins later has its second run beyond.
   __device__ int64_t later_run(int64_t q) const {
     const int64_t block = q * kRun;
-    const uint64_t slot = slots[block];
-    if (slot == kNoSlot || block == 0 || slots[block - 1] != slot) return -1;
+    const int64_t unit = slot(block);
+    if (unit == kNoSlot || block == 0 || slot(block - 1) != unit) return -1;
     int64_t first = 0, last = block;  // the slot begins in [first, last]
     while (first < last) {
       const int64_t middle = (first + last) / 2;
-      if (slots[middle] < slot) {
+      if (slot(middle) < unit) {
         first = middle + 1;
       } else {
         last = middle;
       }
     }
     const int64_t i = first + (block - first + kRun - 1) / kRun * kRun;
-    return i < count && slots[i] == slot ? i : -1;
+    return i < count && slot(i) == unit ? i : -1;
   }
 };
 
@@ -106,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touch
       for (int64_t chunk = group.lane; chunk < table.chunks(); chunk += group.lanes) {
         const Read read = batch.map.read(table, key, chunk);
         const int64_t number = (occurrence * at.probes + k) * batch.chunks + chunk;
-        touches.slots[number] = static_cast<uint64_t>((table.begin + read.slot * table.width) / batch.unit);
+        touches.set_slot(number, (table.begin + read.slot * table.width) / batch.unit);
         touches.order[number] = static_cast<uint32_t>(number) * 2 + read.negative;
       }
     });
@@ -119,8 +138,8 @@ __global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touch
 template <typename Lookup, int kVector, typename real>
 __device__ void sum_run(const Lookup& lookup, const Touches& touches, int64_t first, int width, int z,
                         real (&sum)[kVector]) {
-  const uint64_t slot = touches.slots[first];
-  for (int64_t j = first; j < touches.count && j < first + kRun && touches.slots[j] == slot; ++j) {
+  const int64_t slot = touches.slot(first);
+  for (int64_t j = first; j < touches.count && j < first + kRun && touches.slot(j) == slot; ++j) {
     const Touch touch = touch_at(lookup, touches, j);
     real v[kVector];
     lookup.contribution(touch.bag, touch.n, touch.k, touch.chunk * width + z, v);
@@ -193,12 +212,12 @@ struct Shares {
 template <typename number_t, int kVector, typename real>
 __device__ void sum_run(const Shares<number_t>& shares, const Touches& touches, int64_t first, int width, int z,
                         real (&sum)[kVector]) {
-  const uint64_t slot = touches.slots[first];
+  const int64_t slot = touches.slot(first);
   const real divisor = shares.load_touch(touches, first, width, z, sum);
   if (divisor != 1) {
     for (int i = 0; i < kVector; ++i) sum[i] /= divisor;
   }
-  const auto is_next = [&](int64_t j) { return j < touches.count && j < first + kRun && touches.slots[j] == slot; };
+  const auto is_next = [&](int64_t j) { return j < touches.count && j < first + kRun && touches.slot(j) == slot; };
   if (!is_next(first + 1)) return;  // most slots of a large table
   add_ahead(sum, [&](int64_t i, real(&v)[kVector]) {
     const int64_t j = first + 1 + i;
@@ -250,8 +269,8 @@ struct SlotSums {
   // Numbers z.. of its sum.
   template <int kVector>
   __device__ void sum(int64_t first, int64_t width, int z, real (&sum)[kVector]) const {
-    const uint64_t slot = touches.slots[first];
-    const auto is_run = [&](int64_t i) { return i < touches.count && touches.slots[i] == slot; };
+    const int64_t slot = touches.slot(first);
+    const auto is_run = [&](int64_t i) { return i < touches.count && touches.slot(i) == slot; };
     for (int64_t i = first; is_run(i); i += kRun) {
       real run[kVector];
       sum_run(lookup, touches, i, static_cast<int>(width), z, run);
@@ -279,7 +298,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = group.index; first < touches.count; first += group.count) {
     if (!touches.begins_slot(first)) continue;
     const int64_t unit = sums.lookup.unit, width = sums.width(first), num_units = width / unit;
-    const auto slot = static_cast<int64_t>(touches.slots[first]);
+    const int64_t slot = touches.slot(first);
     const int64_t row = rows ? rows[first] - num_units : slot;
     if (units) {
       for (int64_t u = group.lane; u < num_units; u += group.lanes) units[row + u] = slot + u;
@@ -320,19 +339,24 @@ SortedTouches sort_touches(const Launch& launch, const Call& call, const Batch<M
     touches.shifts = sorted.allocate(call, call.at.num_features);
     launch(shift_kernel<Map>, call.at.num_features, 1, batch, touches.shifts);
   }
-  const int64_t count = touches.count;
-  cub::DoubleBuffer<uint64_t> slots(sorted.allocate<uint64_t>(call, count), sorted.allocate<uint64_t>(call, count));
-  cub::DoubleBuffer<uint32_t> order(sorted.allocate<uint32_t>(call, count), sorted.allocate<uint32_t>(call, count));
-  touches.slots = slots.Current(), touches.order = order.Current();
-  check(cudaMemsetAsync(touches.slots, 0xff, count * sizeof(*touches.slots), launch.stream()));  // kNoSlot
-  check(cudaMemsetAsync(touches.order, 0, count * sizeof(*touches.order), launch.stream()));
-  launch(touch_kernel<Map>, num_bags * call.at.probes, lanes_for(call.chunks), batch, touches);
+  touches.is_wide = call.num_units > kNarrowUnits;
+  const auto write_and_sort = [&](auto key) {
+    using key_t = decltype(key);
+    const int64_t count = touches.count;
+    cub::DoubleBuffer<key_t> slots(sorted.allocate<key_t>(call, count), sorted.allocate<key_t>(call, count));
+    cub::DoubleBuffer<uint32_t> order(sorted.allocate<uint32_t>(call, count), sorted.allocate<uint32_t>(call, count));
+    touches.slots = slots.Current(), touches.order = order.Current();
+    check(cudaMemsetAsync(touches.slots, 0xff, count * sizeof(key_t), launch.stream()));  // kNoSlot
+    check(cudaMemsetAsync(touches.order, 0, count * sizeof(uint32_t), launch.stream()));
+    launch(touch_kernel<Map>, num_bags * call.at.probes, lanes_for(call.chunks), batch, touches);
 
-  const int bits = std::bit_width(static_cast<uint64_t>(call.num_units) | 1);  // all set in kNoSlot, so it is last
-  with_scratch(call, [&](void* memory, size_t& size) {
-    return cub::DeviceRadixSort::SortPairs(memory, size, slots, order, count, 0, bits, launch.stream());
-  });
-  touches.slots = slots.Current(), touches.order = order.Current();
+    const int bits = std::bit_width(static_cast<uint64_t>(call.num_units) | 1);  // all set in kNoSlot, so it is last
+    with_scratch(call, [&](void* memory, size_t& size) {
+      return cub::DeviceRadixSort::SortPairs(memory, size, slots, order, count, 0, bits, launch.stream());
+    });
+    touches.slots = slots.Current(), touches.order = order.Current();
+  };
+  touches.is_wide ? write_and_sort(uint64_t{}) : write_and_sort(uint32_t{});
   return sorted;
 }
 
