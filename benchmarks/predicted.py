@@ -29,10 +29,16 @@ def sectors(num_bytes: int) -> int:
 
 
 def sort(num_touches: int, num_rows: int) -> tuple[int, int]:
-    """Bytes and launches of listing and sorting touches, of 8 bytes of slot and 4 of number each."""
+    """Bytes and launches of listing and sorting touches."""
     passes = math.ceil((num_rows.bit_length() + 1) / 8)
-    listed = 4 + 12 + 12  # the id; both arrays are filled, then written
-    return num_touches * (listed + 8 + passes * 24), 3 + 2 + passes  # 8: the histogram's look
+    listed = 4 + 2 * touch_bytes(num_rows)  # the id; both arrays are filled, then written
+    look = touch_bytes(num_rows) - 4  # the histogram's, at the slots
+    return num_touches * (listed + look + passes * 2 * touch_bytes(num_rows)), 3 + 2 + passes
+
+
+def touch_bytes(num_units: int) -> int:
+    """Of a touch's slot and number."""
+    return (4 if num_units < 1 << 31 else 8) + 4
 
 
 def lookups(
@@ -43,11 +49,11 @@ def lookups(
     An id touches probes * chunks units. What a product of probes reads of the others in an update is not counted."""
     touches, row = num_ids * probes * chunks, sectors(dim // chunks * FLOAT)
     yield "forward", num_ids * (4 + sectors(dim * FLOAT)) + touches * row, 1
-    listed, launches = sort(touches, num_units)
-    yield "gradient of touched rows", listed + touches * (12 + 2 * row + 8 + 24), launches + 5
+    (listed, launches), touch = sort(touches, num_units), touch_bytes(num_units)
+    yield "gradient of touched rows", listed + touches * (touch + 2 * row + 8 + 24), launches + 5
     for name, states in STATES.items():
         state = 2 * row * states + 2 * SECTOR * (name == "rowwise_adagrad")
-        yield f"fused {name}", listed + touches * (12 + row + 2 * row + state), launches + 2
+        yield f"fused {name}", listed + touches * (touch + row + 2 * row + state), launches + 2
 
 
 def kernels(rows: list[int], dim: int, batch_size: int) -> Iterator[tuple[str, int, int]]:
