@@ -31,6 +31,7 @@ from hydra._internal.utils import get_args
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
@@ -39,6 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.resident import Resident
 from dlrm import expected, jobs, linear
+from dlrm.best import BestWeights
 from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
 from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
@@ -54,7 +56,7 @@ from dlrm.refusals import (
     near,
     some,
 )
-from dlrm.resume import check_not_over, find_start, identity, rows_to_keep
+from dlrm.resume import CONFIG, check_not_over, find_start, identity, keep_config, rows_to_keep
 from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
@@ -103,7 +105,13 @@ def sweep(name: str, given: list[str]) -> int:
 
     folder = jobs.sweep_folder(name, given)
     grids = jobs.grids(name, given)
-    num_jobs = sum(map(count_jobs, grids))
+    num_jobs = 0
+    for line in grids:
+        try:
+            num_jobs += count_jobs(line)
+        except (HydraException, OmegaConfBaseException) as error:
+            own = " ".join(word for word in line if word not in given)
+            raise ConfigError(f"sweep={name}: its grid {own} cannot be had: {explain(error)}") from error
     print(f"sweep {name}: {num_jobs} jobs in {folder}; the same command again runs only those without a result")
     jobs.announce(folder, num_jobs)
     status = 0
@@ -113,12 +121,21 @@ def sweep(name: str, given: list[str]) -> int:
 
 
 def count_jobs(given: list[str]) -> int:
-    """How many jobs hydra makes of a command line, by its own reading of it. Raises HydraException as it would."""
+    """How many jobs hydra makes of a command line, by its own reading of it. Raises HydraException as it would, also
+    where the first of them cannot be composed."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         overrides = parser.parse_overrides([word for word in given if "=" in word and not word.startswith("-")])
-    last = {override.get_key_element(): override for override in overrides}
+        last = {override.get_key_element(): override for override in overrides}
+        hydra.compose("config", [first_of(override) for override in last.values()])
     return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in last.values() if o.is_sweep_override())
+
+
+def first_of(override: Override) -> str:
+    """The override, or of those that it makes in a sweep the first."""
+    if not override.is_sweep_override():
+        return override.input_line
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
 def is_multirun(given: list[str]) -> bool:
@@ -156,7 +173,7 @@ def launch(given: list[str], folder: Path) -> int:
     return 0
 
 
-BEFORE_A_RUN = ("resolved.yaml", HELD)  # files that are in a run's folder, beside .hydra, before its first record
+BEFORE_A_RUN = (CONFIG, HELD)  # files that are in a run's folder, beside .hydra, before its first record
 
 
 class Busy(ConfigError):
@@ -173,7 +190,8 @@ def run_folder(resume: str | None, path: str) -> str:
     Under resume=auto it is the same for the same command."""
     if resume != "auto":
         return str(make_run_folder(path))
-    command = "\n".join(argument for argument in sys.argv[1:] if jobs.key_of(argument) != "resume")
+    others = (argument for argument in sys.argv[1:] if jobs.key_of(argument) not in ("resume", "resume_despite"))
+    command = "\n".join(others)
     folder = Path("runs") / f"auto-{hashlib.sha256(command.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
@@ -242,9 +260,10 @@ def attempt(config: dict, folder: Path) -> float | None:
     try:
         return run_once(config, folder)
     except Exception as error:
-        (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
-        (folder / "traceback.txt").write_text(traceback.format_exc())
         print(f"{folder.name} FAILED: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk
+            (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
+            (folder / "traceback.txt").write_text(traceback.format_exc())
         if searches:
             raise  # hydra.sweeper.max_failure_rate says whether the others go on
     return None
@@ -345,7 +364,9 @@ def train(config: dict, folder: Path) -> dict:
         after = rows_to_keep(folder, start) if config["resume"] == "auto" else None
         known = facts(config) | {"linear": library, "fused": fused}
         log = RunLog(folder, facts=known, hparams=hparams(config), after=after)
-        (folder / "resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        keep_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)), start)
+        if start is None:  # of a run that ended before its first checkpoint
+            BestWeights(folder / "checkpoints").remove()
     say_what_is_replaced(bags, config)
     with refusals():
         trainer = Trainer(
@@ -390,9 +411,11 @@ class Backends:
         else:
             how = {name: getattr(self.default, name) for name in ("accumulate", "init", "precision")}
             self.dense = Dense(embedding_dim=self.default.embedding_dim, compression=1.0, **how)
-        if not self.default.compresses and config["compression"] != 1:
-            name, ratio = self.default.name, config["compression"]
-            print(f"embedding={name}: its rows are given, so compression={ratio:g} does not apply to it")
+        for key, own in self._by_key().items():
+            usual = 1 if own is self.default else config["compression"]  # a feature's own is said if it is its own
+            if not own.compresses and own.compression != usual:
+                ratio = f"compression={own.compression:g}"
+                print(f"{key}={own.name}: its rows are given, so {ratio} does not apply to it")
 
     def refuse_16_bits(self, why: str) -> None:
         """Raises ConfigError, naming the key, where a backend keeps weights in 16 bits."""
@@ -428,7 +451,10 @@ class Backends:
     def choose(self, cardinalities: dict[str, int]) -> dict[str, Backend]:
         """Feature -> backend, in the order of cardinalities."""
         usual = {f: self.dense if n < self.dense_below else self.default for f, n in cardinalities.items()}
-        return {f: self.named.get(f, usual[f]) for f in cardinalities}
+        chosen = {f: self.named.get(f, usual[f]) for f in cardinalities}
+        if self.default.compresses and self.default not in chosen.values():
+            print(f"embedding={self.default.name}: no feature gets it, all others have fewer rows than dense_below")
+        return chosen
 
 
 def backend(key: str, node: dict) -> Backend:
@@ -491,7 +517,7 @@ def check_root(config: dict) -> None:
         raise ConfigError(f"optimizer.fused={fused}: must be one of auto, true, false")
     despite = config["resume_despite"]
     if not isinstance(despite, list) or not all(isinstance(key, str) for key in despite):
-        raise ConfigError(f"resume_despite={despite}: must be a list of keys, resume_despite=[seed]")
+        raise ConfigError(f"resume_despite={despite}: must be a list of keys, resume_despite=[compression]")
     if not isinstance(config["resume"], str | None):
         raise ConfigError(f"resume={config['resume']}: must be never, auto or the path of a run")
     for key in ("features", "trainer", "checkpoint"):
@@ -603,6 +629,10 @@ def check_folder(arguments: list[str]) -> Path | None:
     for argument in arguments:
         if jobs.key_of(argument) == "hydra.mode":
             raise ConfigError(f"{argument}: several runs are python train.py -m ...")
+        if jobs.key_of(argument) == "hydra.output_subdir":
+            raise ConfigError(f"{argument}: a run's folder has its configuration in .hydra, which finds it again")
+        if jobs.key_of(argument) == "hydra.run.dir" and is_multirun(arguments):
+            raise ConfigError(f"{argument}: the folder of several runs is hydra.sweep.dir")
     if is_multirun(arguments):
         key, folder, goes_on = "hydra.sweep.dir", jobs.said_folder(arguments), False
     else:

@@ -1,6 +1,8 @@
 """The weights of a run's best evaluation, kept on the disk while the run goes on."""
 
+import contextlib
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -17,15 +19,25 @@ class BestWeights:
     """
 
     def __init__(self, folder: Path):
-        self.path = self.source = Path(folder) / "best"  # source: where they are, maybe of the run that was resumed
+        self.path = Path(folder) / "best"
         self.auc, self.step, self.error = -math.inf, None, None
 
     def adopt(self, folder: Path, step: int) -> None:
-        """Begins with what a run has kept in `<folder>/best` up to a step, if anything, without a copy.
+        """Begins with what a run has kept in `<folder>/best` up to a step, if anything: of another run by links to its
+        files, a copy where there can be none.
 
         Raises ValueError if that is damaged."""
-        if (folder / "best").exists() and (counters := checkpoint.read_weights(folder / "best"))["step"] <= step:
-            self.source, self.auc, self.step = folder / "best", counters["eval_auc"], counters["step"]
+        theirs = folder / "best"
+        if not theirs.exists() or (counters := checkpoint.read_weights(theirs))["step"] > step:
+            return
+        self.auc, self.step = counters["eval_auc"], counters["step"]
+        try:
+            if theirs.absolute() != self.path.absolute():
+                half = self.path.with_name(f".tmp-{self.path.name}")
+                shutil.copytree(theirs, half, copy_function=_link_or_copy)
+                half.rename(self.path)
+        except OSError as full:
+            self.error = str(full)
 
     def offer(self, model: nn.Module, auc: float, step: int) -> None:
         """Keeps the weights as they are now if no earlier ones were as good."""
@@ -36,18 +48,18 @@ class BestWeights:
             self._save(model, {"step": step, "eval_auc": auc})
         except OSError as full:
             error = str(full)
-        self.source, self.auc, self.step, self.error = self.path, auc, step, error
+        self.auc, self.step, self.error = auc, step, error
 
     @property
     def kept(self) -> Path | None:
         """Where the best weights are, if they are."""
-        return self.source if self.error is None and self.source.exists() else None
+        return self.path if self.error is None and self.path.exists() else None
 
     def load(self, model: nn.Module) -> None:
         """Puts the best weights in the place of the model's. Raises ValueError if they are not there or damaged."""
         if self.error is not None:
             raise ValueError(self.error)
-        checkpoint.load_weights(self.source, model)
+        checkpoint.load_weights(self.path, model)
 
     def give_way(self) -> bool:
         """Takes the weights off a disk that has no room for the checkpoint; whether that can have helped."""
@@ -71,3 +83,10 @@ class BestWeights:
                 raise
             self.remove()  # of the two the older ones are not wanted any more
             checkpoint.save_weights(self.path, model, counters)
+
+
+def _link_or_copy(source: str, to: str) -> None:
+    with contextlib.suppress(OSError):  # another file system, or one without links
+        os.link(source, to)
+        return
+    shutil.copy2(source, to)

@@ -339,6 +339,8 @@ def _check_files(path: Path, manifest: dict) -> None:
 def _check_same_run(path: Path, manifest: dict, model: nn.Module, optimizers: dict) -> None:
     _check_layout(path, "model", manifest["files"]["model"]["tensors"], model.state_dict())
     for name, optimizer in optimizers.items():
+        if name not in manifest["optimizers"]:
+            raise ValueError(f"resume={path}: that run kept no {name}, which this one goes on with")
         saved, mine = manifest["optimizers"][name]["kind"], type(optimizer).__name__
         if saved != mine:
             raise ValueError(f"resume={path}: its {name} is {saved}, this run's is {mine}")

@@ -4,8 +4,12 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import yaml
+
 from dlrm import checkpoint
 from dlrm.refusals import near, some
+
+CONFIG = "resolved.yaml"  # in a run's folder: its configuration
 
 
 def identity(config: dict) -> dict:
@@ -34,6 +38,7 @@ def find_start(config: dict, folder: Path, fingerprint: str) -> Path | None:
         return None
     if resume == "auto" and not checkpoint.all_in(folder):
         if (folder / "metrics.jsonl").exists():
+            check_begins_anew(folder, same)
             print(f"{folder}: this run ended before its first checkpoint and begins anew")
         check_despite(config["resume_despite"], same)
         return None
@@ -43,6 +48,37 @@ def find_start(config: dict, folder: Path, fingerprint: str) -> Path | None:
     check_same_run(start, counters, same, fingerprint, config["resume_despite"])
     print(f"goes on from step {counters['step']:,} ({start})")
     return start
+
+
+def check_begins_anew(folder: Path, same: dict) -> None:
+    """Raises ValueError unless the records in a folder without a checkpoint are of a run of this identity."""
+    try:
+        that = identity(yaml.safe_load((folder / CONFIG).read_text()))
+    except (FileNotFoundError, KeyError):
+        raise ValueError(
+            f"resume=auto: {folder} has records, no checkpoint and no {CONFIG} that says whose they are: name another "
+            "hydra.run.dir"
+        ) from None
+    if difference := first_difference(that, same):
+        key, saved, mine = difference
+        raise ValueError(
+            f"resume=auto: {folder} has the records of another run, and no checkpoint: {key} is {json.dumps(saved)} "
+            f"there and {json.dumps(mine)} in this run; name another hydra.run.dir"
+        )
+
+
+def keep_config(folder: Path, text: str, start: Path | None) -> None:
+    """Writes a run's configuration into its folder. Says in what it differs from that which led to the checkpoint it
+    goes on from, and keeps that as resolved-until-STEP.yaml if it is the folder's own."""
+    before = start.parent.parent / CONFIG if start is not None else None
+    if before is not None and before.exists():
+        found = differences(yaml.safe_load(before.read_text()), yaml.safe_load(text))
+        changed = [one for one in found if one[0].partition(".")[0] not in ("resume", "resume_despite")]
+        for key, was, now in changed:
+            print(f"goes on with {key}={json.dumps(now)}, which was {json.dumps(was)}")
+        if changed and before == folder / CONFIG:
+            before.rename(folder / f"resolved-until-{checkpoint.read_counters(start)['step']}.yaml")
+    (folder / CONFIG).write_text(text)
 
 
 def check_despite(keys: Iterable[str], *identities: dict) -> None:
@@ -87,13 +123,18 @@ def rows_to_keep(folder: Path, start: Path | None) -> int | None:
     return 0 if (folder / "metrics.jsonl").exists() else None
 
 
-def first_difference(saved: object, mine: object, key: str = "") -> tuple[str, object, object] | None:
-    """The first dotted key at which two nested dicts differ, and both values (None: missing), or None."""
-    if not (isinstance(saved, dict) and isinstance(mine, dict)):
-        return None if saved == mine else (key, saved, mine)
-    names = list(mine | saved)
-    found = (first_difference(saved.get(n), mine.get(n), f"{key}.{n}" if key else n) for n in names)
-    return next((difference for difference in found if difference), None)
+def differences(saved: object, mine: object, key: str = "") -> Iterator[tuple[str, object, object]]:
+    """The dotted keys at which two nested dicts differ, and both values (None: missing)."""
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        for name in mine | saved:
+            yield from differences(saved.get(name), mine.get(name), f"{key}.{name}" if key else name)
+    elif saved != mine:
+        yield key, saved, mine
+
+
+def first_difference(saved: object, mine: object) -> tuple[str, object, object] | None:
+    """The first of `differences`, or None."""
+    return next(differences(saved, mine), None)
 
 
 def check_same_run(path: Path, counters: dict, identity: dict, fingerprint: str, despite: Iterable[str] = ()) -> None:

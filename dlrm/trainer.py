@@ -70,8 +70,10 @@ class Trainer:
         # the loop's state, which a checkpoint keeps beside the tensors; sample: how many of this epoch are trained on
         self.step = self.epoch = self.sample = 0
         self.records_due = False  # whether an interrupt came before what belongs behind the step was recorded
-        # of this process: samples trained on, seconds of training and of evaluation, the losses not yet logged
-        self.num_samples, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
+        # samples trained on, seconds of training and of all, also before the run went on; seconds of evaluation since
+        self.num_samples, self.train_seconds, self.seconds, self.eval_seconds = 0, 0.0, 0.0, 0.0
+        self.train_began: float | None = None  # on a clock that stands still during evaluation; None: not training
+        # the losses not yet logged
         self.loss_sum, self.num_losses = torch.zeros((), device=settings.device), 0
         self.gradient_bytes = 0  # the most that a step's gradients of the embeddings took
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
@@ -92,6 +94,8 @@ class Trainer:
         check_same_run(path, counters, self.identity, self.dataset.fingerprint, despite)
         checkpoint.load(path, self.model, self.saved)
         self.step, self.epoch, self.sample = counters["step"], counters["epoch"], counters["sample"]
+        self.num_samples = counters.get("samples", 0)
+        self.train_seconds, self.seconds = counters.get("train_seconds", 0.0), counters.get("seconds", 0.0)
         self.loss_sum.fill_(counters.get("loss_sum", 0.0))
         self.num_losses, self.gradient_bytes = counters.get("num_losses", 0), counters.get("gradient_bytes", 0)
         self.has_warned, self.records_due = counters.get("has_warned", False), counters.get("records_due", False)
@@ -117,7 +121,8 @@ class Trainer:
         update, naming step and tensor; on CUDA, where to look is to wait, when the loss is logged, naming the steps
         since the last time.
         """
-        began, results = time.perf_counter(), {"status": "failed", "checkpoint": None, "checkpoint_error": None}
+        self.began = time.perf_counter() - self.seconds
+        results = {"status": "failed", "checkpoint": None, "checkpoint_error": None}
         if self.eval_split == "test":
             print("no validation samples: eval/* is measured on the test split, so the best of eval/* is chosen on it")
         if self.step and self.best is not None and self.best.step is None:
@@ -145,7 +150,7 @@ class Trainer:
             self.log.write(self.step)
             if self.best is not None and not self.settings.save_checkpoint:
                 self.best.remove()
-            summary = self.log.finish(self._facts() | results | {"seconds": time.perf_counter() - began})
+            summary = self.log.finish(self._facts() | results | {"seconds": time.perf_counter() - self.began})
         print(final_table(summary))
         return summary
 
@@ -153,8 +158,8 @@ class Trainer:
         batch_size = self.settings.batch_size
         num_epochs, rest = divmod(self.num_steps, -(-self.num_train // batch_size))
         total = num_epochs * self.num_train + min(rest * batch_size, self.num_train)
-        began = time.perf_counter()
-        self.last_log = (began, 0)  # seconds on a clock that stands still during evaluation; num_samples
+        now = time.perf_counter()
+        self.train_began, self.last_log = now - self.train_seconds, (now, self.num_samples)
         with Progress(total, self.epoch * self.num_train + self.sample) as self.progress:
             try:
                 if self.records_due:
@@ -164,7 +169,13 @@ class Trainer:
             except Stop:  # in an evaluation, before which the weights are whole
                 pass
             finally:
-                self.train_seconds = time.perf_counter() - self.eval_seconds - began
+                self.train_seconds, self.train_began = self._trained_for(), None
+
+    def _trained_for(self) -> float:
+        """Seconds of training, those before the run went on included."""
+        if self.train_began is None:
+            return self.train_seconds
+        return time.perf_counter() - self.eval_seconds - self.train_began
 
     def _train_epoch(self) -> None:
         """Trains from self.sample to the end of the epoch, or to the end of the run, or until it is interrupted."""
@@ -310,7 +321,7 @@ class Trainer:
             f"log loss {values['log_loss']:.5f}  normalized entropy {values['normalized_entropy']:.4f}"
         )
         entropy = values["normalized_entropy"]
-        self.beats_constant_predictor = entropy < 1
+        self.beats_constant_predictor = None if math.isnan(entropy) else entropy < 1
         if entropy >= 1 and (is_last or not self.has_warned):
             self.has_warned = True
             self._say(NOT_LEARNED.format(entropy=entropy, split=split, step=self.step))
@@ -385,6 +396,9 @@ class Trainer:
             "has_warned": self.has_warned,
             "records_due": self.records_due,
             "recent_losses": list(self.guards.recent_losses),
+            "samples": self.num_samples,
+            "train_seconds": self._trained_for(),
+            "seconds": time.perf_counter() - self.began,
         }
 
     def _save_meanwhile(self) -> None:

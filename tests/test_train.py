@@ -297,18 +297,25 @@ def test_without_a_folders_name_the_same_command_finds_its_run(cli, tmp_path, di
         dies_after(3)
         with pytest.raises(Death):
             cli(*AUTO[:-1])
+    assert cli(*AUTO[:-1], "resume_despite=[pooling]")[0] == 0
     assert len(list((tmp_path / "runs").glob("auto-*"))) == 1
     assert cli(*AUTO[:-1], "seed=1")[0] == 0
     assert len(list((tmp_path / "runs").glob("auto-*"))) == 2
 
 
 @pytest.mark.once
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(cli, dies_after):
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew_as_the_same_run(cli, tmp_path, dies_after):
     dies_after(1)
     with pytest.raises(Death):
         cli(*AUTO)
+    (tmp_path / "run/checkpoints/best").mkdir(parents=True)  # of an evaluation
+    before = contents(tmp_path / "run")
+    status, _, err = cli(*AUTO, "seed=1")
+    assert status == 2 and "run has the records of another run, and no checkpoint: seed is 0 there and 1" in err
+    assert contents(tmp_path / "run") == before
     status, out, _ = cli(*AUTO)
     assert status == 0 and "run: this run ended before its first checkpoint and begins anew" in out
+    assert not (tmp_path / "run/checkpoints/best").exists()
 
 
 @pytest.mark.once
@@ -321,7 +328,10 @@ def test_a_changed_configuration_is_refused_unless_allowed_by_name_and_nothing_i
     status, _, err = cli(*AUTO, "pooling=mean")
     assert status == 2 and 'pooling is "sum" there and "mean" in this run (resume_despite=[pooling]' in err
     assert before == {path: path.read_bytes() for path in files}
-    assert cli(*AUTO, "pooling=mean", "resume_despite=[pooling]")[0] == 0
+    status, out, _ = cli(*AUTO, "pooling=mean", "resume_despite=[pooling]", "trainer.warmup_steps=6")
+    assert status == 0 and 'goes on with pooling="mean", which was "sum"' in out
+    assert "goes on with trainer.warmup_steps=6, which was 0" in out
+    assert (tmp_path / "run/resolved-until-4.yaml").read_bytes() == before[tmp_path / "run/resolved.yaml"]
 
 
 @pytest.mark.once
@@ -610,6 +620,9 @@ REFUSED = [
     (["+optimizer.dense.foo=1"], ["optimizer.dense.foo", "lr"]),
     (["optimizer/dense=adam", "optimizer.dense._target_=torch.optim.LBFGS"], ["optimizer.dense"]),
     (["features=3"], ["features=3"]),
+    (["hydra.output_subdir=null"], ["hydra.output_subdir=null", ".hydra"]),
+    (["-m", "seed=0,1", "hydra.run.dir=x"], ["hydra.run.dir=x", "hydra.sweep.dir"]),
+    (["-m", "sweep=pareto", "embedding=qr"], ["sweep=pareto: its grid", "embedding.block is not in the config"]),
     (["embedding.embedding_dim=1.5"], ["embedding.embedding_dim=1.5: must be a whole number"]),
     (["embedding=hashed", "embedding.block=null"], ["embedding.block=null: must be a whole number"]),
     (["embedding=hashed", "embedding.block=true"], ["embedding.block=true: must be a whole number"]),
@@ -641,6 +654,20 @@ def test_refused_with_the_key_and_what_is_allowed(arguments, words, cli):
     message = next(line for line in err.splitlines() if line.startswith("error: "))
     assert all(word in message for word in words), message
     assert "Traceback" not in err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["compression=0.5"], "embedding=dense: its rows are given, so compression=0.5 does not apply to it"),
+        (["+features.C3.compression=0.05"], "features.C3=dense: its rows are given, so compression=0.05 does not"),
+        (["embedding=hashed", "dense_below=4000"], "embedding=hashed: no feature gets it, all others have fewer rows"),
+    ],
+)
+def test_what_of_a_choice_has_no_effect_is_said(arguments, line, cli):
+    status, out, _ = cli(*SMALL, "trainer.max_steps=1", "trainer.save_checkpoint=false", *arguments)
+    assert status == 0 and line in out
 
 
 @pytest.mark.once

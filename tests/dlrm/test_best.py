@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -127,12 +128,17 @@ def test_best_weights_are_nothing_to_resume_from_but_a_resumed_run_begins_with_t
     whole = make_trainer("uninterrupted", keep_best=True, **RUN | {"max_steps": 55}).train()["last"]
     for name in ("step", "auc", "log_loss"):
         assert summary["last"][f"test_at_best/{name}"] == whole[f"test_at_best/{name}"]
-    assert summary["last"]["test_at_best/step"] == 30 and summary["best_weights"] == str(first.best.path)
+    assert summary["last"]["test_at_best/step"] == 30 and summary["best_weights"] == str(second.best.path)
+    assert summary["samples"] == 50 * 32 + 5 * 32 and summary["train_seconds"] > first.train_seconds > 0
     assert "kept no best weights" not in capsys.readouterr().out
     steps = [
         [json.loads(line)["step"] for line in (run.log.folder / "metrics.jsonl").open()] for run in (first, second)
     ]
     assert steps == [list(range(5, 51, 5)), [55]]  # no step twice
+    shutil.rmtree(first.log.folder)
+    third = make_trainer("third", keep_best=True, **RUN | {"max_steps": 56})
+    third.resume(second.log.folder)
+    assert third.train()["last"]["test_at_best/step"] == 30  # of what the second has kept of the first
 
 
 def test_a_run_that_goes_on_from_one_without_best_weights_says_so(make_trainer, capsys):
