@@ -166,6 +166,11 @@ def check(path: Path) -> None:
     _check_files(path, _read_manifest(path))
 
 
+def check_kinds(path: Path, kinds: dict[str, str]) -> None:
+    """Raises ValueError unless the optimizers of a checkpoint are of these classes. kinds: name -> class."""
+    _check_kinds(path, _read_manifest(path), kinds)
+
+
 def read_counters(path: Path | str) -> dict:
     """The counters of the newest checkpoint whose manifest is whole, without reading any tensor."""
     find(path)
@@ -338,12 +343,14 @@ def _check_files(path: Path, manifest: dict) -> None:
 
 def _check_same_run(path: Path, manifest: dict, model: nn.Module, optimizers: dict) -> None:
     _check_layout(path, "model", manifest["files"]["model"]["tensors"], model.state_dict())
-    for name, optimizer in optimizers.items():
-        if name not in manifest["optimizers"]:
-            raise ValueError(f"resume={path}: that run kept no {name}, which this one goes on with")
-        saved, mine = manifest["optimizers"][name]["kind"], type(optimizer).__name__
+    _check_kinds(path, manifest, {name: type(optimizer).__name__ for name, optimizer in optimizers.items()})
+
+
+def _check_kinds(path: Path, manifest: dict, kinds: dict[str, str]) -> None:
+    for name, mine in kinds.items():
+        saved = manifest["optimizers"].get(name, {}).get("kind")
         if saved != mine:
-            raise ValueError(f"resume={path}: its {name} is {saved}, this run's is {mine}")
+            raise ValueError(f"resume={path}: its {name} is {saved or 'not there'}, this run's is {mine}")
 
 
 def _check_layout(path: Path, name: str, saved: dict[str, list], mine: dict[str, Tensor]) -> None:

@@ -46,8 +46,16 @@ def find_start(config: dict, folder: Path, fingerprint: str) -> Path | None:
     counters = checkpoint.read_counters(start)
     check_despite(config["resume_despite"], same, counters.get("identity", {}))
     check_same_run(start, counters, same, fingerprint, config["resume_despite"])
+    checkpoint.check_kinds(start, kinds(config))
     print(f"goes on from step {counters['step']:,} ({start})")
     return start
+
+
+def kinds(config: dict) -> dict[str, str]:
+    """Name -> class of what a run saves as optimizers."""
+    parts = {f"{part}_optimizer": config["optimizer"][part]["_target_"] for part in ("dense", "embedding")}
+    average = {} if config["trainer"]["average_from"] is None else {"average": "WeightAverage"}
+    return {name: target.rpartition(".")[2] for name, target in parts.items()} | average
 
 
 def check_begins_anew(folder: Path, same: dict) -> None:

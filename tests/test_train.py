@@ -327,6 +327,10 @@ def test_a_changed_configuration_is_refused_unless_allowed_by_name_and_nothing_i
     before = {path: path.read_bytes() for path in files}
     status, _, err = cli(*AUTO, "pooling=mean")
     assert status == 2 and 'pooling is "sum" there and "mean" in this run (resume_despite=[pooling]' in err
+    status, _, err = cli(*AUTO, "optimizer/dense=adam")
+    assert status == 2 and "its dense_optimizer is Adagrad, this run's is Adam" in err
+    status, _, err = cli(*AUTO, "trainer.average_from=0.5", "resume_despite=[average_from]")
+    assert status == 2 and "its average is not there, this run's is WeightAverage" in err
     assert before == {path: path.read_bytes() for path in files}
     status, out, _ = cli(*AUTO, "pooling=mean", "resume_despite=[pooling]", "trainer.warmup_steps=6")
     assert status == 0 and 'goes on with pooling="mean", which was "sum"' in out
