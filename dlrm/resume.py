@@ -78,15 +78,22 @@ def check_begins_anew(folder: Path, same: dict) -> None:
 def keep_config(folder: Path, text: str, start: Path | None) -> None:
     """Writes a run's configuration into its folder. Says in what it differs from that which led to the checkpoint it
     goes on from, and keeps that as resolved-until-STEP.yaml if it is the folder's own."""
-    before = start.parent.parent / CONFIG if start is not None else None
-    if before is not None and before.exists():
-        found = differences(yaml.safe_load(before.read_text()), yaml.safe_load(text))
-        changed = [one for one in found if one[0].partition(".")[0] not in ("resume", "resume_despite")]
-        for key, was, now in changed:
-            print(f"goes on with {key}={json.dumps(now)}, which was {json.dumps(was)}")
+    if start is not None:
+        step = checkpoint.read_counters(start)["step"]
+        before = config_until(start.parent.parent, step)
+        was = yaml.safe_load(before.read_text()) if before.exists() else yaml.safe_load(text)
+        changed = [one for one in differences(was, yaml.safe_load(text)) if not one[0].startswith("resume")]
+        for key, old, new in changed:
+            print(f"goes on with {key}={json.dumps(new)}, which was {json.dumps(old)}")
         if changed and before == folder / CONFIG:
-            before.rename(folder / f"resolved-until-{checkpoint.read_counters(start)['step']}.yaml")
+            before.rename(folder / f"resolved-until-{step}.yaml")
     (folder / CONFIG).write_text(text)
+
+
+def config_until(folder: Path, step: int) -> Path:
+    """The configuration of a run's folder that led to a step."""
+    kept = sorted((int(path.stem.rpartition("-")[2]), path) for path in folder.glob("resolved-until-*.yaml"))
+    return next((path for until, path in kept if step <= until), folder / CONFIG)
 
 
 def check_despite(keys: Iterable[str], *identities: dict) -> None:

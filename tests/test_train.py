@@ -332,6 +332,9 @@ def test_a_changed_configuration_is_refused_unless_allowed_by_name_and_nothing_i
     status, _, err = cli(*AUTO, "trainer.average_from=0.5", "resume_despite=[average_from]")
     assert status == 2 and "its average is not there, this run's is WeightAverage" in err
     assert before == {path: path.read_bytes() for path in files}
+    dies_after(5)
+    with pytest.raises(Death):  # with a configuration that leads to no checkpoint
+        cli(*AUTO, "trainer.decay=cosine")
     status, out, _ = cli(*AUTO, "pooling=mean", "resume_despite=[pooling]", "trainer.warmup_steps=6")
     assert status == 0 and 'goes on with pooling="mean", which was "sum"' in out
     assert "goes on with trainer.warmup_steps=6, which was 0" in out
