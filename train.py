@@ -363,6 +363,7 @@ def train(config: dict, folder: Path) -> dict:
             bags.fuse(embedding_optimizer)
         after = rows_to_keep(folder, start) if config["resume"] == "auto" else None
         known = facts(config) | {"linear": library, "fused": fused}
+        known["samples_fingerprint"] = samples_fingerprint(config["data"], dataset)
         log = RunLog(folder, facts=known, hparams=hparams(config), after=after)
         keep_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)), start)
         if start is None:  # of a run that ended before its first checkpoint
@@ -563,6 +564,9 @@ def say_what_is_replaced(bags: EmbeddingBags, config: dict) -> None:
         print(f"{', '.join(atomic)}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)")
 
 
+NUMBERING = {"vocabulary": "train", "min_count": 1, "id_order": "frequency", "max_rows": None}  # numbering of ids
+
+
 def facts(config: dict) -> dict:
     """What summary.json says of the run beside its results."""
     return {
@@ -574,6 +578,12 @@ def facts(config: dict) -> dict:
         "config_hash": config_hash(config),
         "expected": config["expected"],
     }
+
+
+def samples_fingerprint(node: dict, dataset) -> str:
+    """The fingerprint of a dataset, by its node, that is the same however ids are numbered: whatever the cut-off."""
+    plain = node | {key: value for key, value in NUMBERING.items() if key in node}
+    return dataset.fingerprint if plain == node else build("data", plain).fingerprint
 
 
 def hparams(config: dict) -> dict:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dlrm.memory import MIB
-from dlrm.sweep import Configuration, front
+from dlrm.sweep import Configuration, by_data, front
 
 TAG = "test/auc"
 
@@ -24,10 +24,14 @@ def families(configurations: Sequence[Configuration]) -> dict[str, list[Configur
     return {name: sorted(members, key=lambda one: one.num_bytes) for name, members in found.items()}
 
 
-def on_front(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """Those that no other one beats in both bytes and mean AUC, the smallest first."""
-    best = front([(one.num_bytes, one.interval(TAG).mean) for one in configurations])
-    return sorted((one for one, kept in zip(configurations, best, strict=True) if kept), key=lambda one: one.num_bytes)
+def fronts(configurations: Sequence[Configuration]) -> list[list[Configuration]]:
+    """Of each data those that no other one of it beats in both bytes and mean AUC, the smallest first."""
+    found = []
+    for members in by_data(configurations).values():
+        best = front([(one.num_bytes, one.interval(TAG).mean) for one in members])
+        edge = [one for one, kept in zip(members, best, strict=True) if kept]
+        found.append(sorted(edge, key=lambda one: one.num_bytes))
+    return found
 
 
 def draw_png(configurations: Sequence[Configuration], path: Path) -> None:
@@ -35,8 +39,9 @@ def draw_png(configurations: Sequence[Configuration], path: Path) -> None:
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 6.5), layout="constrained")
         axes = figure.subplots()
-        edge = on_front(configurations)
-        axes.plot(*_line(edge), color="0.85", linewidth=9, solid_capstyle="round", zorder=0, label="front")
+        band = {"color": "0.85", "linewidth": 9, "solid_capstyle": "round", "zorder": 0}
+        for i, edge in enumerate(fronts(configurations)):
+            axes.plot(*_line(edge), label="_" * bool(i) + "front", **band)  # once in the legend
         for i, (name, members) in enumerate(families(configurations).items()):
             halves = [one.interval(TAG).half or 0 for one in members]
             style = {"color": f"C{i % 10}", "marker": "osD^v<>*"[i % 8], "markersize": 4, "capsize": 2, "linewidth": 1}
@@ -52,14 +57,16 @@ def draw_png(configurations: Sequence[Configuration], path: Path) -> None:
 
 def draw_html(configurations: Sequence[Configuration], path: Path, verdicts: dict[str, str]) -> None:
     """The same, to hover over and zoom. verdicts: label -> what its comparison with the baseline says."""
-    edge = on_front(configurations)
-    x, y = _line(edge)
-    figure = go.Figure(go.Scatter(x=x, y=y, mode="lines", line={"width": 12, "color": "#dddddd"}, name="front"))
+    figure = go.Figure()
+    for edge in fronts(configurations):
+        x, y = _line(edge)
+        figure.add_scatter(x=x, y=y, mode="lines", line={"width": 12, "color": "#dddddd"}, name="front")
+    best = sum(fronts(configurations), [])
     for name, members in families(configurations).items():
         x, y = _line(members)
         said = [
             f"{one.label}<br>{one.interval(TAG)}, {len(one.runs)} seeds<br>{one.num_bytes / MIB:.4g} MiB<br>"
-            f"{verdicts.get(one.label, '')}" + ("<br>on the front" if one in edge else "")
+            f"{verdicts.get(one.label, '')}" + ("<br>on the front" if one in best else "")
             for one in members
         ]
         halves = {"type": "data", "array": [one.interval(TAG).half or 0 for one in members]}

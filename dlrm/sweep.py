@@ -1,7 +1,8 @@
 """The runs below a folder, read back: what each was, how it ended, and what runs that differ only in their seed say."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -15,13 +16,19 @@ UNSAID = ("seed", "sweep", "hydra", "data.path", "data.cache", "device", "native
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder. status: completed, or why there is no result; summary: of a completed run."""
+    """One run's folder. status: completed, or why there is no result; summary: of a completed run; ended: when."""
 
     folder: Path
     overrides: tuple[str, ...]
     seed: int
     status: str
     summary: dict
+    ended: float = 0.0
+
+    @property
+    def data(self) -> str:
+        """The fingerprint of its samples, however their ids were numbered; of an older run, of its data."""
+        return self.summary.get("samples_fingerprint") or self.summary.get("data_fingerprint", "")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -40,10 +47,10 @@ class Run:
 
 @dataclass
 class Configuration:
-    """Completed runs that differ only in their seed."""
+    """Completed runs of the same data that differ only in their seed; where a seed has several, the newest."""
 
     label: str
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Run]
 
     def by_seed(self, tag: str) -> dict[int, float]:
         """Seed -> the last value of a tag, where there is one."""
@@ -62,6 +69,11 @@ class Configuration:
         """Of the last values; None if no run has one."""
         values = list(self.by_seed(tag).values())
         return sum(values) / len(values) if values else None
+
+    @property
+    def data(self) -> str:
+        """See `Run`."""
+        return self.runs[0].data
 
     @property
     def nominal(self) -> float | None:
@@ -103,14 +115,28 @@ def shared_words(runs: list[Run]) -> tuple[str, ...]:
 
 
 def configurations(runs: list[Run]) -> list[Configuration]:
-    """The completed runs by what they were, less what all were, in the order of their first."""
-    found: dict[str, Configuration] = {}
-    shared = shared_words(runs)
-    for run in runs:
-        if run.status == "completed":
-            label = " ".join(word for word in run.words if word not in shared) or "(default)"
-            found.setdefault(label, Configuration(label)).runs.append(run)
-    return list(found.values())
+    """The completed runs by what they were and of which data if that differs, less what all were, as first met."""
+    completed, shared = [run for run in runs if run.status == "completed"], shared_words(runs)
+    differs = len({run.data for run in completed}) > 1
+    newest: dict[str, dict[int, Run]] = {}  # label -> seed -> run
+    for run in completed:
+        words = [word for word in run.words if word not in shared] + [data_word(run.data)] * differs
+        seeds = newest.setdefault(" ".join(words) or "(default)", {})
+        seeds[run.seed] = max(seeds.get(run.seed, run), run, key=lambda one: one.ended)
+    return [Configuration(label, list(seeds.values())) for label, seeds in newest.items()]
+
+
+def by_data(configurations: Sequence[Configuration]) -> dict[str, list[Configuration]]:
+    """Data -> the configurations of it."""
+    found: dict[str, list[Configuration]] = {}
+    for one in configurations:
+        found.setdefault(one.data, []).append(one)
+    return found
+
+
+def data_word(data: str) -> str:
+    """What a label calls the data of this fingerprint."""
+    return f"data:{data[:8]}"
 
 
 def list_missing(runs: list[Run], tag: str | None = None) -> str:
@@ -118,6 +144,15 @@ def list_missing(runs: list[Run], tag: str | None = None) -> str:
     whys = [(run, run.missing(tag)) for run in runs]
     lines = [f"  {r.folder} [{' '.join(r.overrides)}]: {why}" for r, why in whys if why is not None]
     return f"{len(lines)} of {len(runs)} runs have no result:\n" + "\n".join(lines) if lines else ""
+
+
+def list_repeats(runs: list[Run], found: list[Configuration]) -> str:
+    """A line for each completed run that has the seed of a newer one, which stands for both in what was found."""
+    counted = {run.folder for one in found for run in one.runs}
+    again = [run for run in runs if run.status == "completed" and run.folder not in counted]
+    lines = [f"  {run.folder} [{' '.join(run.overrides)}]" for run in again]
+    head = f"{len(lines)} of {len(runs)} runs repeat a seed and are not counted, as the newest of each seed is:\n"
+    return head + "\n".join(lines) if lines else ""
 
 
 def front(points: list[tuple[float, float]]) -> list[bool]:
@@ -130,10 +165,11 @@ def _read(folder: Path, overrides: tuple[str, ...]) -> Run:
     seed = said.get("seed", "0")
     run = dict(folder=folder, overrides=overrides, seed=int(seed) if seed.isdigit() else 0)
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary, ended = json.loads((folder / "summary.json").read_text()), (folder / "summary.json").stat().st_mtime
     except FileNotFoundError:
         error = folder / "error.txt"
         return Run(**run, status=f"failed: {error.read_text().strip()}" if error.exists() else "unfinished", summary={})
     except json.JSONDecodeError as error:
         return Run(**run, status=f"summary.json cannot be read: {error}", summary={})
-    return Run(**run | {"seed": summary.get("seed", run["seed"])}, status=summary["status"], summary=summary)
+    run["seed"] = summary.get("seed", run["seed"])
+    return Run(**run, status=summary["status"], summary=summary, ended=ended)

@@ -880,6 +880,14 @@ def test_the_result_of_other_data_in_the_same_file_is_refused_and_kept(sweep, cl
     assert file.read_text() == kept and list(tmp_path.rglob("summary.json")) == [file]
 
 
+@pytest.mark.once
+def test_the_samples_of_a_cut_off_are_those_of_the_data_that_it_cuts(cli, clicks, tmp_path):
+    assert cli("-m", "data.min_count=1,20", *clicks, "trainer.max_steps=1", "hydra.sweep.dir=two")[0] == 0
+    whole, cut = (summary_of(tmp_path / f"two/{number}") for number in (0, 1))
+    assert whole["samples_fingerprint"] == cut["samples_fingerprint"] == whole["data_fingerprint"]
+    assert cut["data_fingerprint"] != whole["data_fingerprint"]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

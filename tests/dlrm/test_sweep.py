@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,46 @@ def test_another_baseline_can_be_named_and_an_unknown_one_is_refused(sweep, caps
     assert [row["verdict"] for row in rows] == ["better", "baseline", "better"]
     assert main([str(sweep), "--baseline", "embedding=bloom"]) == 2
     assert "baseline 'embedding=bloom': the configurations are embedding=dense;" in capsys.readouterr().err
+
+
+def test_what_is_of_other_data_is_apart_and_compared_with_its_own_baseline(tmp_path, capsys):
+    for i, path in enumerate(("/a/c.csv", "/b/c.csv")):
+        facts = {"samples_fingerprint": f"{i}" * 64, "data": f"c.csv {i}"}
+        for seed in range(3):
+            words = (f"seed={seed}", f"data.path={path}")
+            make_run(tmp_path / f"{i}d{seed}", "embedding=dense", *words, auc=0.7 + i * (0.1 + 0.01 * seed), **facts)
+            cut = {"data_fingerprint": f"{i}cut", "auc": 0.6 + i * (0.1 + 0.01 * seed), "size": 500.0}
+            make_run(tmp_path / f"{i}c{seed}", "embedding=dense", "data.min_count=9", *words, **facts | cut)
+    make_run(tmp_path / "old", "embedding=qr", size=400.0, data_fingerprint="2" * 64)
+    assert main([str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    names = ["embedding=dense", "embedding=dense data.min_count=9"]
+    labels = [f"{name} data:{i * 8}" for i in "01" for name in names] + ["embedding=qr data:22222222"]
+    assert [(row["configuration"], row["seeds"]) for row in rows] == list(zip(labels, "33331", strict=True))
+    assert [row["verdict"] for row in rows] == ["baseline", "worse"] * 2 + ["baseline"]
+    assert [row["on_front"] for row in rows] == ["True"] * 5
+    assert [float(row["difference"]) for row in rows if row["difference"]] == pytest.approx([0, -0.1] * 2 + [0])
+    text = capsys.readouterr().out
+    for line in ("data:00000000: c.csv 0, data.path=/a/c.csv", "data:11111111: c.csv 1, data.path=/b/c.csv"):
+        assert line in text.splitlines()
+    assert main([str(tmp_path), "--baseline", labels[1]]) == 0
+    verdicts = [row["verdict"] for row in csv.DictReader((tmp_path / "report.csv").open())]
+    assert verdicts == ["better", "baseline"] + ["not comparable: the baseline is of other data"] * 3
+    assert main([str(tmp_path), "--baseline", names[1]]) == 0
+    verdicts = [row["verdict"] for row in csv.DictReader((tmp_path / "report.csv").open())]
+    assert verdicts == ["better", "baseline"] * 2 + ["not comparable: the baseline is of other data"]
+
+
+def test_a_seed_counts_once_by_its_newest_run_and_the_others_are_listed(tmp_path, capsys):
+    for when, (name, native, seed) in enumerate([("z", "auto", 0), ("a", "off", 0), ("b", "auto", 1)]):
+        make_run(tmp_path / name, "embedding=qr", f"native={native}", f"seed={seed}", auc=0.5 + when / 10)
+        os.utime(tmp_path / name / "summary.json", (when, when))
+    assert main([str(tmp_path)]) == 0
+    (row,) = csv.DictReader((tmp_path / "report.csv").open())
+    assert row["seeds"] == "2" and float(row["test_auc"]) == pytest.approx(0.65)
+    assert f"1 of 3 runs repeat a seed and are not counted, as the newest of each seed is:\n  {tmp_path}/z [" in (
+        capsys.readouterr().out
+    )
 
 
 def test_missing_failed_and_half_written_runs_are_listed_and_make_the_status_1(sweep, capsys):
