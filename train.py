@@ -47,6 +47,7 @@ from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
 from dlrm.refusals import (
     CONF,
     ConfigError,
+    check_choices,
     check_keys,
     check_number,
     check_types,
@@ -70,7 +71,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("sweep=")]
     try:
-        if named and named[-1] != "null":
+        check_choices(arguments)
+        if named:
             return sweep(named[-1], arguments)
         folder = check_folder(arguments)
         if is_multirun(arguments):

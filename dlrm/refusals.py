@@ -22,6 +22,17 @@ class ConfigError(Exception):
     """What the user asked for cannot be done; the message names the key, the value and what is allowed."""
 
 
+def check_choices(arguments: Iterable[str]) -> None:
+    """Refuse null, and whatever else is no text, for one of a group's choices: hydra would end in a traceback."""
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        folder = CONF / group.partition("@")[0]
+        words = re.findall(r"(?:^|,)([\w.+-]+)(?=,|$)", value)
+        if folder != CONF and folder.is_dir() and not all(isinstance(yaml.safe_load(word), str) for word in words):
+            allowed = sorted(path.stem for path in folder.glob("*.yaml"))
+            raise ConfigError(f"{argument}: must be one of {some(allowed)}, or left out")
+
+
 def check_keys(key: str, target, node: dict) -> None:
     """Refuse a key of the node that the target's constructor does not take."""
     allowed = list(inspect.signature(target).parameters)
