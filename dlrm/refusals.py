@@ -94,30 +94,45 @@ def explain(error: Exception) -> str:
     text = str(error)
     if missing := re.search(r"Missing mandatory value.*full_key: (\S+)", text, re.DOTALL):
         return f"{missing[1]} is not set, and has no default: {missing[1]}=..."
+    if absent := re.search(r"config group '([^']+)' does not exist", text):
+        return f"{absent[1]} is no group; the groups are {some(groups())}" + near(absent[1], groups())
     if option := re.search(r"Could not find '(.+)/([^/']+)'", text):
         group, name = option.groups()
-        allowed = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        return f"{group}={name}: must be one of {some(allowed)}" + near(name, allowed)
+        allowed = sorted(getattr(error, "options", None) or ())
+        plugins = "; `make launchers` installs more (docs/sweeps.md)" * (group in ("hydra/launcher", "hydra/sweeper"))
+        return f"{group}={name}: must be one of {some(allowed)}" + near(name, allowed) + plugins
     if key := re.search(r"Could not override '([^']+)'", text):
-        path = key.group(1).split("@")[0]
-        parent, _, name = path.rpartition(".")
-        allowed = [*keys_below(parent), *(groups() if not parent else [])] or keys_below("")
-        if name in allowed or path.split(".")[0] == "features":
-            return f"{path} is not in the config as composed: add it with a plus, +{path}=..."
-        return f"{path} is no key; {parent or 'the root'} has {some(allowed)}" + near(name, allowed)
+        return _no_key(key[1].split("@")[0])
     return text.splitlines()[0] if text else repr(error)
+
+
+def _no_key(path: str) -> str:
+    """Why a path of the config cannot be set, and what can be beside its first part that is no key."""
+    first, *rest = parts = re.split("[./]", path)
+    if first == "hydra":
+        ours = [f"hydra.{part}.{key}" for part in keys_below("hydra") for key in keys_below(f"hydra.{part}")]
+        return f"{path} is no key of Hydra's, which python train.py --cfg hydra shows" + near(path, ours)
+    if first == "features" and rest[1:]:  # any backend's hyperparameters
+        parts = ["embedding", *rest[1:]]
+    for i, name in enumerate(parts):
+        parent = ".".join(parts[:i])
+        allowed = [*keys_below(parent), *groups(parent)]
+        if name not in allowed and parent not in ("features", "expected"):  # which are empty in config.yaml
+            return f"{path} is no key; {parent or 'the root'} has {some(allowed) or 'none'}" + near(name, allowed)
+    return f"{path} is not in the config as composed: add it with a plus, +{path}=..."
 
 
 def keys_below(parent: str) -> list[str]:
     """Keys that some choice of config puts under `parent`."""
-    group, *rest = parent.split(".") if parent else [None]
-    files = [CONF / "config.yaml"]
+    nodes = [_select(yaml.safe_load((CONF / "config.yaml").read_text()), parent)]
+    group, *rest = parent.split(".")
     if group in groups():
-        folders = (CONF / group, CONF / group / "common", CONF / group / (rest[0] if rest else ""))
+        inner = CONF / group / (rest[0] if rest else "?")
+        folders = (inner,) if inner.is_dir() else (CONF / group, CONF / group / "common")
+        place = ".".join(rest[inner.is_dir() :])
         files = [file for folder in folders for file in folder.glob("*.yaml")]
-        parent = ".".join(rest) if not (CONF / group / (rest[0] if rest else "?")).is_dir() else ""
-    found = (_select(yaml.safe_load(file.read_text()), parent) for file in files)
-    keys = itertools.chain.from_iterable(node.keys() for node in found if isinstance(node, dict))
+        nodes += [_select(yaml.safe_load(file.read_text()), place) for file in files]
+    keys = itertools.chain.from_iterable(node.keys() for node in nodes if isinstance(node, dict))
     return [key for key in dict.fromkeys(keys) if key not in ("defaults", "hydra") and not str(key).startswith("_")]
 
 
@@ -127,8 +142,10 @@ def _select(node, path: str):
     return node
 
 
-def groups() -> list[str]:
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+def groups(parent: str = "") -> list[str]:
+    """Names of the groups of choices at a path of the config."""
+    folder = CONF / parent.replace(".", "/")
+    return sorted(one.name for one in folder.glob("*") if one.is_dir() and one.name != "common")
 
 
 def near(name: object, allowed: Iterable) -> str:
