@@ -164,7 +164,7 @@ def several(given: list[str]) -> int:
 def launch(given: list[str], folder: Path) -> int:
     """Run the jobs of a command line. Returns 1 if the launcher fails: it lost a process, or was not to be had."""
     rest = [argument for argument in given if argument not in ("-m", "--multirun")]
-    sys.argv = [sys.argv[0], "-m", *rest, f"hydra.sweep.dir={folder}"]  # hydra wants its overrides side by side
+    sys.argv = [sys.argv[0], "-m", *rest, f"hydra.sweep.dir='{folder}'"]  # hydra wants its overrides side by side
     try:
         run()
     except (RuntimeError, ValueError) as error:  # or a search is without one trial; the jobs' own are in error.txt

@@ -15,6 +15,8 @@ import yaml
 from dlrm.log import write_json
 from dlrm.refusals import CONF, ConfigError, near, some
 
+PLAIN = re.compile(r"""(['"]?)([^${}'"\\]*)\1""")  # a name that hydra takes as it is, quoted or not
+
 
 def grids(name: str, given: list[str]) -> list[list[str]]:
     """The command lines, one per grid of conf/sweep/<name>.yaml.
@@ -41,14 +43,16 @@ def sweep_folder(name: str, given: list[str]) -> Path:
 
 def said_folder(given: list[str]) -> Path | None:
     """The hydra.sweep.dir of a command line. Raises ConfigError for what would keep its jobs from being found there."""
+    said = None
     for argument in given:
         key, value = key_of(argument), argument.partition("=")[2]
         if key == "hydra.sweep.subdir":
             raise ConfigError(f"{argument}: each job has a folder of its own, which train.py names")
-        if key == "hydra.sweep.dir" and re.search(r"[${}'\"]", value):
-            raise ConfigError(f"{argument}: must be the plain name of a folder")
-    said = [argument.partition("=")[2] for argument in given if key_of(argument) == "hydra.sweep.dir"]
-    return Path(said[-1]) if said else None
+        if key == "hydra.sweep.dir":
+            if not (name := PLAIN.fullmatch(value)):
+                raise ConfigError(f"{argument}: must be the plain name of a folder")
+            said = Path(name[2])
+    return said
 
 
 def job_folder(sweep: object, number: int, overrides: str) -> str:

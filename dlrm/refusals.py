@@ -103,7 +103,16 @@ def explain(error: Exception) -> str:
         return f"{group}={name}: must be one of {some(allowed)}" + near(name, allowed) + plugins
     if key := re.search(r"Could not override '([^']+)'", text):
         return _no_key(key[1].split("@")[0])
-    return text.splitlines()[0] if text else repr(error)
+    return (text.splitlines()[0] if text else repr(error)) + _quoted(getattr(error, "override", None) or "")
+
+
+def _quoted(override: str) -> str:
+    """How to say an override that hydra's grammar does not take: text of other letters, or with = # and the like."""
+    key, _, value = override.partition("=")
+    if not value or value[0] in "[{" or re.search(r"['\"]", value):
+        return ""
+    quoted = ",".join(f"'{word}'" for word in value.split(","))  # of a sweep each
+    return f'; quote the value, for Hydra and for the shell: "{key}={quoted}"'
 
 
 def _no_key(path: str) -> str:

@@ -561,6 +561,8 @@ REFUSED = [
     (["optimizer/dense=null"], ["optimizer/dense=null: must be one of adagrad, adam, sgd"]),
     (["+embedding@features.C3=null"], ["features.C3=null: must be one of bloom, dense"]),
     (["-m", "experiment=qr,null"], ["experiment=qr,null: must be one of bloom, cut_off"]),
+    (["data.path=/tmp/é.csv"], ["quote the value, for Hydra and for the shell: \"data.path='/tmp/é.csv'\""]),
+    (["hydra.run.dir=/tmp/a=b"], ["mismatched input '='", "\"hydra.run.dir='/tmp/a=b'\""]),
     (["data=sinthetic"], ["data=sinthetic", "did you mean synthetic?"]),
     (["embedding=hashed", "embedding.blok=8"], ["embedding.blok", "did you mean block?"]),
     (["trainer.batch_sise=3"], ["trainer.batch_sise", "did you mean batch_size?"]),
@@ -927,11 +929,13 @@ def test_what_would_lose_jobs_or_results_is_refused_before_anything_runs(argumen
 
 
 @pytest.mark.once
-def test_several_runs_begin_wherever_the_flag_stands_and_a_failed_ones_traceback_is_kept(cli, tmp_path):
+def test_several_runs_begin_wherever_the_flag_stands_in_a_quoted_folder_and_a_failed_ones_traceback_is_kept(
+    cli, tmp_path
+):
     arguments = ["embedding=hashed", "compression=0.00001", "seed=0", *SMALL, "trainer.max_steps=1", "-m"]
-    status, _, err = cli(*arguments, "hydra.sweep.dir=many")
+    status, _, err = cli(*arguments, "hydra.sweep.dir='é=many'")
     assert status == 1 and "1 of 1 runs have no result" in err and "cannot reach it" in err
-    assert "train(config, folder)" in (tmp_path / "many/0/traceback.txt").read_text()
+    assert "train(config, folder)" in (tmp_path / "é=many/0/traceback.txt").read_text()
 
 
 @pytest.mark.once
