@@ -589,9 +589,12 @@ def samples_fingerprint(node: dict, dataset) -> str:
 
 
 def hparams(config: dict) -> dict:
-    """The flat choices that TensorBoard compares runs by: every number and word of the config but the data's own."""
+    """The flat choices that TensorBoard compares runs by: every number and word of the config, of the data only the
+    cut-off."""
     chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    names = {group: chosen[group] for group in groups() if chosen.get(group)}
+    names = {group: name for group, name in chosen.items() if name and not group.startswith("hydra/")}
+    if "min_count" in config["data"]:
+        names["data.min_count"] = config["data"]["min_count"]
 
     def flat(node: dict, prefix: str = "") -> dict:
         found = {}

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import train
 from data.synthetic import Synthetic
@@ -156,6 +157,10 @@ def test_a_feature_gets_its_own_backend_and_ratio(cli, tmp_path):
     by_name = {row["feature"]: row for row in summary_of(folder)["features"]}
     assert [by_name[f]["backend"] for f in ("C1", "C2", "C3")] == ["dense", "dense", "hashed"]
     assert by_name["C3"]["compression"] == pytest.approx(0.05, rel=0.01)
+    metadata = EventAccumulator(str(folder)).Reload().SummaryMetadata("_hparams_/session_start_info")
+    shown = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
+    assert shown["embedding@features.C3"].string_value == "hashed" and shown["data.min_count"].number_value == 1
+    assert shown["embedding"].string_value == "dense" and "data.seed" not in shown
 
 
 @pytest.mark.once
