@@ -11,6 +11,7 @@ and `step` finds nothing to do for the collection's parameters. Its steps are th
 16-bit weights, whose gradient tensor is rounded to 16 bits, they are those of the gradient before that.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -54,8 +55,11 @@ class _Rows(Optimizer):
                     continue
                 step, states = self._begin(param, group)
                 rows, grads = _touched_rows(param.grad) if param.grad.is_sparse else (None, param.grad)
-                for some, part in _pieces(param, rows, grads):
-                    step_rows(step, param, some, part.to(accumulator(param.dtype)), *states)
+                slab, grads = _in_rows(param), _in_rows(grads)
+                shapes = [*state_shapes(self.rule, slab), None, None]
+                states = [s if s is None else s.view(shape) for s, shape in zip(states, shapes, strict=False)]
+                for some, part in _pieces(slab, rows, grads):
+                    step_rows(step, slab, some, part.to(accumulator(param.dtype)), *states)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -133,6 +137,11 @@ class _Rows(Optimizer):
         decay, eps = group.get("weight_decay", 0.0), group.get("eps", 0.0)
         step = Step(self.rule, lr, decay, eps, beta1, beta2, correction, t)
         return step, [*(state[name] for name, _ in kept), None, None][:2]
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """A view [S, Z] of what has any other number of dimensions, the first of S slots: a hashed slab [S] is [S, 1]."""
+    return tensor.view(*tensor.shape[:1] or (1,), math.prod(tensor.shape[1:]))
 
 
 def _pieces(param: Tensor, rows: Tensor | None, grads: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:

@@ -1,6 +1,7 @@
 """The optimizers of slabs against torch.optim's and closed forms, on dense and on touched-rows gradients."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -84,6 +85,25 @@ def test_row_wise_adagrad_equals_numpy(sparse):
             weights[slot] -= 0.1 * g / (np.sqrt(total[slot]) + 1e-8)
     found = run(MAKERS["RowWiseAdagrad"]([param]), param, sparse=sparse)
     np.testing.assert_allclose(found.numpy(), weights, rtol=1e-6, atol=1e-6)
+
+
+@each_optimizer
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 2, 2)], ids=str)
+def test_a_parameter_of_any_dimensions_is_stepped_as_its_rows(make, sparse, dtype, shape):
+    results = []
+    for view in (shape, (6, math.prod(shape[1:]))):
+        param = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).view(view))
+        optimizer = make([param])
+        for slots, values in gradients():
+            values = values[:, : math.prod(shape[1:])].to(dtype).reshape(-1, *view[1:])
+            grad = torch.sparse_coo_tensor(slots[None], values, view, is_coalesced=True)
+            param.grad = grad if sparse else grad.to_dense()
+            optimizer.step()
+        assert all(param.shape[: s.dim()] == s.shape for s in optimizer.state[param].values() if torch.is_tensor(s))
+        results.append(param.detach().view(shape))
+    assert results[0].equal(results[1])
 
 
 def test_row_wise_adagrad_of_width_one_is_adagrad():
