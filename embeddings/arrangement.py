@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from embeddings import native
 from embeddings.backend import Backend
-from embeddings.index_map import DIM, WIDTH
-from embeddings.ops import Accumulate, Combine, Pooling
+from embeddings.index_map import COLUMNS, DIM, SEED, WIDTH
+from embeddings.ops import Accumulate, Combine, IndexMap, Pooling
 from embeddings.pooled import Launch, pooled
 from embeddings.reference import SEPARATOR
 
@@ -108,7 +108,39 @@ class Arrangement:
     def adopt(self, tables: list[list[int]], seed: int | None) -> None:
         """Read by the `tables` of a checkpoint. seed: said to be theirs; one that does not give them becomes None."""
         self.tables = tables
-        self.seed = None if seed is None or self._tables(seed) != tables else seed
+        self.seed = seed if seed is not None and self.gives(seed, tables) else None
+
+    def gives(self, seed: int, tables: list[list[int]]) -> bool:
+        """Whether these tables are a seed's."""
+        return self._tables(seed) == tables
+
+    def description(self) -> dict:
+        """How its weights are read, in words and numbers that torch.load takes with weights_only."""
+        names = [lookup.table for lookup in self.lookups for _ in range(self.layout[1])]
+        kinds = IndexMap(self.layout[3]).name.lower(), Combine(self.layout[4]).name.lower()
+        return {"index_map": kinds[0], "combine": kinds[1], "tables": self.tables, "names": names}
+
+    def refusal(self, saved: dict) -> str | None:
+        """Why weights are not to be read as these, in words, or None: of all numbers the seeds alone may be others.
+
+        saved: a `description` of them, or some of it."""
+        own = self.description()
+        saved, names = own | saved, own["names"]
+        if len(saved["tables"]) != len(names):
+            return f"it has {len(saved['tables'])} rows of tables: here are {len(names)}"
+        for kind in ("index_map", "combine"):
+            if saved[kind] != own[kind]:
+                return f"it has {kind}={saved[kind]}: here it is {own[kind]}"
+        for name, its, here in zip(names, saved["tables"], self.tables, strict=True):
+            for column, number, expected in zip(COLUMNS[:SEED], its, here, strict=False):
+                if number != expected:
+                    return f"it has {column}={number} for {name!r}: here it is {expected}"
+        seeds = [row[SEED] for row in saved["tables"]], [row[SEED] for row in self.tables]  # which come from the names
+        for its, here in ((saved["names"], names), seeds):
+            moved = [names[here.index(x)] for x, y in zip(its, here, strict=False) if x != y and x in here]
+            if moved:
+                return f"its tables are in another order: {moved[0]!r} has another place here"
+        return None
 
     def weights(self, slab: Tensor, table: str) -> list[Tensor]:
         """A table's slices [slots, width] of the slab: views."""
@@ -146,3 +178,40 @@ class Arrangement:
             vectors = pooled([launch], [slab], [tables], *batch, batch_size=batch_size, columns=columns)
             vectors = vectors.to(slab.dtype)
         return self.backend.finish(vectors, self.dims)
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether it has numbers: neither on meta nor fake."""
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
+class Arranged(nn.Module):
+    """A module of an `arrangement` and its `tables`. What a checkpoint's tensors do not say of how they are read is in
+    the state_dict's metadata; a checkpoint that is read otherwise is an error of load_state_dict, and not loaded."""
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {}).update(self.arrangement.description())
+
+    def _load_from_state_dict(self, state_dict, prefix: str, metadata, strict, missing, unexpected, errors) -> bool:
+        """Says whether it was loaded."""
+        why = self._refusal(state_dict, prefix, metadata)
+        if why is None:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        else:
+            errors.append(f"{prefix[:-1] or type(self).__name__}: this checkpoint is not read as here: {why}.")
+        return why is None
+
+    def _refusal(self, state_dict, prefix: str, metadata: dict) -> str | None:
+        """Why not to load it, in words, or None."""
+        saved = {key: metadata[key] for key in self.arrangement.description() if key in metadata}
+        tables = state_dict.get(prefix + "tables")
+        if tables is not None:
+            if tables.dtype != torch.int64:
+                return f"its tables are {tables.dtype}, as if it was cast: they must be torch.int64"
+            if tables.shape != self.tables.shape:
+                return f"its tables have shape {list(tables.shape)}: here it is {list(self.tables.shape)}"
+            if is_real(tables):
+                saved["tables"] = tables.tolist()
+        return self.arrangement.refusal(saved)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from embeddings.arrangement import Arrangement, Lookup
+from embeddings.arrangement import Arranged, Arrangement, Lookup, is_real
 from embeddings.backend import Backend
 from embeddings.ops import Accumulate, Pooling
 
@@ -45,7 +45,7 @@ class Options(NamedTuple):
     dtype: torch.dtype | None = None  # of the weights: float32, float64, float16 or bfloat16
 
 
-class Tables(nn.Module):
+class Tables(Arranged):
     """Tables of one backend behind one parameter, called `parameter_name`, that an `Arrangement` lays out.
 
     tables: int64 [F * K, 9]; in the checkpoint if it holds seeds of ours, and with it hash_seed, int64 [], which they
@@ -113,19 +113,31 @@ class Tables(nn.Module):
             else:
                 setattr(self, name, numbers.to(self._slab.device))
 
-    def _load_from_state_dict(self, state_dict, prefix: str, metadata, strict: bool, missing: list[str], *how) -> None:
+    def _load_from_state_dict(self, state_dict, prefix: str, metadata, strict: bool, missing: list[str], *how) -> bool:
         """Load a checkpoint; buffers that are not in it come back here, as to_empty and meta leave nothing in them."""
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *how)
+        if not super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *how):
+            return False
         loaded, has_seed = state_dict.get(prefix + "tables"), prefix + "hash_seed" in state_dict
         if not self._has_own_seeds or loaded is None:
             self._restore()
-            return
-        is_real = type(self.tables) is Tensor and not self.tables.is_meta  # not fake either
-        if is_real and loaded.shape == self.tables.shape:
+            return True
+        if is_real(self.tables):
             self.arrangement.adopt(self.tables.tolist(), int(self.hash_seed) if has_seed else self.arrangement.seed)
         if not has_seed:  # older checkpoints have none
             missing[:] = [key for key in missing if key != prefix + "hash_seed"]
             self._restore("hash_seed")
+        return True
+
+    def _refusal(self, state_dict, prefix: str, metadata: dict) -> str | None:
+        why = super()._refusal(state_dict, prefix, metadata)
+        tables, seed = state_dict.get(prefix + "tables"), state_dict.get(prefix + "hash_seed")
+        if why is not None or tables is None or seed is None or seed.dim() or not (is_real(tables) and is_real(seed)):
+            return why
+        if seed.dtype != torch.int64:
+            return f"its hash_seed is {seed.dtype}, as if it was cast: it must be torch.int64"
+        if int(seed) and not self.arrangement.gives(int(seed), tables.tolist()):  # 0 may stand for one not known
+            return f"its hash_seed={int(seed)} is not that of its tables"
+        return None
 
     def _draw(self) -> None:
         self.arrangement.initialise(self._slab, lambda name: None)

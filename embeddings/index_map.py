@@ -5,8 +5,9 @@ from torch import Tensor
 from embeddings.kinds import IndexMap
 
 # columns of a slab's tables [F * K, 9]: Table in csrc/index_map.h
-POSITION, COLUMN, DIM, WIDTH, BEGIN, NUM_SLOTS, NUM_EMBEDDINGS, DIVISOR, SEED = range(9)
-NUM_COLUMNS = 9
+COLUMNS = ("position", "column", "dim", "width", "begin", "num_slots", "num_embeddings", "divisor", "seed")
+NUM_COLUMNS = len(COLUMNS)
+POSITION, COLUMN, DIM, WIDTH, BEGIN, NUM_SLOTS, NUM_EMBEDDINGS, DIVISOR, SEED = range(NUM_COLUMNS)
 
 PARTITION, MIXED, SIGNED, AFFINE, MURMUR3 = IndexMap
 RANGED = (PARTITION,)  # ids have an upper limit

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from embeddings.arrangement import Arrangement, Lookup, seed_of
+from embeddings.arrangement import Arranged, Arrangement, Lookup, seed_of
 from embeddings.backend import TABLE_BYTES, Backend, spread
 from embeddings.ops import Accumulate, Pooling
 from embeddings.pages import ask_for_huge_pages
@@ -39,7 +39,7 @@ def apportion(total: int, parts: dict[str, int]) -> dict[str, int]:
     return shares
 
 
-class Slab(nn.Module):
+class Slab(Arranged):
     """Vectors of tables that share a backend, but for embedding_dim.
 
     backends, rows: table -> its backend, and its num_embeddings. lookups: which feature reads which table; of one place

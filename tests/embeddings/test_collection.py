@@ -458,3 +458,13 @@ def test_any_batch_of_each_backend_equals_the_oracle(yaml, changes):
 def test_every_yaml_is_in_the_suite():
     assert {path for path, _ in CHOICES} == set(YAMLS)
     assert {path.stem for path in YAMLS} >= {"bloom", "dense", "fast", "hashed", "qr"}
+
+
+@pytest.mark.parametrize("backend", [dense(), hashed()], ids=["dense", "hashed"])
+def test_state_of_features_in_another_order_is_refused_by_tensors_alone(backend):
+    ours, theirs = (
+        EmbeddingBags(dict.fromkeys(names, backend), dict.fromkeys(names, 300), pooling="sum", seed=0)
+        for names in ("ab", "ba")
+    )
+    with pytest.raises(RuntimeError, match="in another order: 'b' has another place here"):
+        ours.load_state_dict(dict(theirs.state_dict()))

@@ -702,6 +702,22 @@ def test_state_of_another_collection_replaces_its_hashes_and_weights(kind, chang
         assert_same_bits(numbers(changed, kjt(bags)), wanted)
 
 
+@pytest.mark.parametrize("backend", [{}, {"backend": HASHED}], ids=["dense", "hashed"])
+@pytest.mark.parametrize(
+    "theirs, words",
+    [({"b": 900, "a": 900}, "'b' has another place here"), ({"b": 900, "a": 800}, "for '.': here it is")],
+)
+def test_state_of_tables_in_another_order_is_refused(backend, theirs, words):
+    def make(sizes):
+        return EmbeddingBagCollection([EmbeddingBagConfig(n, 4, name, **backend) for name, n in sizes.items()])
+
+    ours, state = make({key: theirs[key] for key in sorted(theirs)}), make(theirs).state_dict()
+    before = ours.slabs[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=rf"slabs\.0: this checkpoint is not read as here: .*{words}"):
+        ours.load_state_dict(state)
+    assert ours.slabs[0].weight.equal(before)
+
+
 @each_kind
 def test_a_copy_shares_nothing(kind):
     module = mixed(kind)

@@ -895,20 +895,45 @@ def test_a_checkpoint_without_a_seed_gives_its_hash_and_no_seed_but_its_own(kind
 
 
 @each_seeded
-def test_a_seed_that_is_not_that_of_its_tables_is_not_told(kind):
-    trained, other = kind(N, D, 0.5, seed=3), kind(N, D, 0.5, seed=4)
-    other.load_state_dict({**trained.state_dict(), "hash_seed": torch.tensor(4)})
-    assert other.seed is None and other.tables.equal(trained.tables)
-
-
-@each_seeded
-def test_tables_of_another_shape_are_refused_and_leave_the_hash(kind):
-    ours = kind(N, D, 0.5)
-    seed, before = ours.seed, ours.tables.clone()
-    with pytest.raises(RuntimeError, match="size mismatch for tables"):
-        ours.load_state_dict({**ours.state_dict(), "tables": torch.zeros(7, 9, dtype=torch.int64)})
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: {"hash_seed": torch.tensor(4)}, "hash_seed=4 is not that of its tables"),
+        (lambda state: {"hash_seed": state["hash_seed"].half()}, "hash_seed is torch.float16, as if it was cast"),
+        (lambda state: {"tables": state["tables"].float()}, "tables are torch.float32, as if it was cast"),
+        (lambda state: {"tables": torch.zeros(7, 9, dtype=torch.int64)}, r"tables have shape \[7, 9\]"),
+        (lambda state: {"tables": state["tables"] + (torch.arange(9) == 6)}, f"num_embeddings={N + 1} for 'table'"),
+    ],
+    ids=["seed", "cast seed", "cast tables", "shape", "rows"],
+)
+def test_a_hash_that_cannot_be_the_checkpoints_is_refused_and_changes_nothing(kind, change, words):
+    ours, state = kind(N, D, 0.5), kind(N, D, 0.5, seed=3).state_dict()
+    seed, before = ours.seed, copy.deepcopy(ours.state_dict())
+    with pytest.raises(RuntimeError, match=words):
+        ours.load_state_dict({**state, **change(state)})
+    assert all(x.equal(before[key]) for key, x in ours.state_dict().items())
     ours.to_empty(device="cpu").reset_parameters()
-    assert ours.seed == seed and ours.tables.equal(before)
+    assert ours.seed == seed and ours.tables.equal(before["tables"])
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, words",
+    [
+        (partial(HashedEmbedding, N, 6, 0.5), partial(HashedEmbedding, N, 3, 1.0), "dim=6 for 'table': here it is 3"),
+        (partial(HashedEmbedding, N, D, sign=True), partial(HashedEmbedding, N, D), "index_map=signed: here it is mix"),
+        (partial(QREmbeddingBag, N, D, 4), partial(QREmbeddingBag, N, D, 5), "num_slots=5 for 'table': here it is 4"),
+        (partial(QREmbeddingBag, N, D, 4), partial(QREmbeddingBag, N, D, 4, "add"), "combine=multiply: here it is add"),
+        (partial(FastMultiEmbedding, [3, 5], [4, 4]), partial(FastMultiEmbedding, [5, 3], [4, 4]), "rows|num_slots=3"),
+        (partial(FastMultiEmbedding, [8], [4]), partial(FastMultiEmbedding, [5, 3], [4, 4]), "1 rows of tables: here"),
+    ],
+)
+def test_weights_that_would_be_read_otherwise_are_refused_although_they_fit(theirs, ours, words):
+    theirs, ours = nn.Sequential(theirs()), nn.Sequential(ours())
+    before = next(ours.parameters()).detach().clone()
+    assert next(theirs.parameters()).shape == before.shape
+    with pytest.raises(RuntimeError, match=f"0: this checkpoint is not read as here: it has .*{words}"):
+        ours.load_state_dict(theirs.state_dict())
+    assert next(ours.parameters()).equal(before)
 
 
 @each_seeded
