@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from embeddings.arrangement import Lookup
@@ -104,7 +104,13 @@ class EmbeddingBags(nn.Module):
         """Have an optimizer of `embeddings.optim` step in the backward pass: no gradient is made, and its `step` has
         nothing to do. It must hold the parameters of this collection.
 
-        One backward pass is one step: several, to sum gradients, or one forward pass twice, are not for it."""
+        One backward pass is one step: several, to sum gradients, or one forward pass twice, are not for it. So is one
+        by torch.autograd.grad, and one of a loss that a GradScaler scaled, which moves the weights by so many times as
+        much. Raises ValueError for another optimizer, RuntimeError in one of several processes of torch.distributed,
+        whose copies would go apart: no gradient is left for them to share."""
+        num_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        if num_ranks > 1:
+            raise RuntimeError(f"fused steps of {num_ranks} processes share no gradients: their copies would go apart")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not hasattr(optimizer, "step_fused"):
             raise ValueError(f"{type(optimizer).__name__} cannot be fused: only optimizers of embeddings.optim can")

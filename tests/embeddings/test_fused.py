@@ -145,6 +145,16 @@ def test_a_second_backward_of_an_older_forward_is_refused():
         second.sum().backward()
 
 
+def test_one_of_several_processes_is_not_fused(monkeypatch):
+    bags = make_bags([dense()], [6])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="fused steps of 2 processes share no gradients"):
+        bags.fuse(MAKERS["SGD"](bags.parameters()))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    bags.fuse(MAKERS["SGD"](bags.parameters()))
+
+
 def test_other_optimizers_and_other_parameters_are_refused():
     bags, others = make_bags([dense()], [40]), make_bags([dense()], [40])
     with pytest.raises(ValueError, match="Adagrad cannot be fused: only optimizers of embeddings.optim"):
