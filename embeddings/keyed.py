@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from embeddings.arrangement import Lookup
+from embeddings.arrangement import Lookup, is_real
 from embeddings.backend import Backend
 from embeddings.dense import Dense
 from embeddings.drop_in import draw_seed
@@ -190,18 +190,22 @@ class _Collection(nn.Module):
         if keys == self.feature_names:
             return [None] * len(self.slabs)
         case = (tuple(keys), self.device)  # the last is kept, not to copy it to the device for every batch
-        if case not in self._positions:
-            missing = [feature for feature in self.feature_names if feature not in keys]
-            if missing:
-                raise KeyError(f"the batch has no feature {missing[0]!r}; it has {', '.join(keys) or 'none'}")
+        kept = self._positions.get(case)
+        if kept is not None:
+            return kept
+        missing = [feature for feature in self.feature_names if feature not in keys]
+        if missing:
+            raise KeyError(f"the batch has no feature {missing[0]!r}; it has {', '.join(keys) or 'none'}")
+        positions = [
+            torch.tensor(
+                [keys.index(lookup.feature) for lookup in slab.arrangement.lookups], device=self.device
+            ).repeat_interleave(slab.layout[1])
+            for slab in self.slabs
+        ]
+        if all(map(is_real, positions)):  # fake ones are no use to real batches
             self._positions.clear()
-            self._positions[case] = [
-                torch.tensor(
-                    [keys.index(lookup.feature) for lookup in slab.arrangement.lookups], device=self.device
-                ).repeat_interleave(slab.layout[1])
-                for slab in self.slabs
-            ]
-        return self._positions[case]
+            self._positions[case] = positions
+        return positions
 
 
 def _larger(a: int, b: int) -> int:

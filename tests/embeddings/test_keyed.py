@@ -22,6 +22,7 @@ from builders import CHOICES, each_yaml, from_yaml, named
 from hypothesis import HealthCheck, given, settings
 from oracle import assert_same_bits
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import embedding_bag
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -819,6 +820,14 @@ def test_a_checkpoint_alone_makes_a_collection_on_meta_whole(kind, assign):
     wanted, module = mixed(kind), mixed(kind, seed=1, device="meta")
     (module if assign else module.to_empty(device="cpu")).load_state_dict(wanted.state_dict(), assign=assign)
     assert_same_bits(numbers(module, kjt(BATCH)), numbers(wanted, kjt(BATCH)))
+
+
+def test_a_fake_batch_leaves_nothing_that_a_real_one_reads():
+    module = mixed()
+    wanted = numbers(copy.deepcopy(module), kjt(BATCH))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module(kjt(BATCH))
+    assert_same_bits(numbers(module, kjt(BATCH)), wanted)
 
 
 def test_vectors_on_meta_have_their_shape():
