@@ -103,8 +103,16 @@ class Tables(Arranged):
             numbers["hash_seed"] = self.arrangement.seed or 0  # a 0 that does not give the tables is not believed
         return {name: torch.tensor(x, dtype=torch.int64, device=device) for name, x in numbers.items()}
 
+    def _adopt_copied(self) -> None:
+        """Take for its own the hash that was copied into its buffers, as DDP does: one whose seed gives its tables."""
+        if self._has_own_seeds and is_real(self.tables) and is_real(self.hash_seed):
+            tables, seed = self.tables.tolist(), int(self.hash_seed)
+            if tables != self.arrangement.tables and self.arrangement.gives(seed, tables):
+                self.arrangement.adopt(tables, seed)
+
     def _restore(self, *names: str) -> None:
         """Make these buffers, or all, what they should be, where the weights are."""
+        self._adopt_copied()
         for name, numbers in self._buffers_on("cpu").items():
             if names and name not in names:
                 continue
@@ -207,8 +215,12 @@ class OneTable(Tables):
 
     @property
     def seed(self) -> int | None:
-        """What the hash comes from, a loaded one too; None if its checkpoint does not say, or says another's."""
-        return self.arrangement.seed
+        """What the hash comes from, one that was loaded or copied into the buffers too; None if that is not known.
+
+        Waits for the device."""
+        self._adopt_copied()
+        is_another = is_real(self.tables) and self.tables.tolist() != self.arrangement.tables
+        return None if is_another else self.arrangement.seed
 
     def extra_repr(self) -> str:
         where = {name: self if hasattr(self, name) else self.arrangement.backend for name in self.shown}

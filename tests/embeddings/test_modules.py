@@ -875,6 +875,19 @@ def test_the_seed_of_a_loaded_hash_is_the_checkpoints(kind, meta, device):
 
 
 @each_seeded
+def test_a_hash_copied_into_the_buffers_is_the_modules_own(kind):
+    first, other = kind(N, D, 0.5, seed=3), kind(N, D, 0.5, seed=4)
+    with torch.no_grad():  # as DDP does
+        for x, y in zip(other.buffers(), first.buffers(), strict=True):
+            x.copy_(y)
+    assert other.seed == 3
+    other.reset_parameters()
+    assert other.tables.equal(first.tables) and other.seed == 3
+    other.tables.copy_(kind(N, D, 0.5, seed=5).tables)
+    assert other.seed is None
+
+
+@each_seeded
 def test_a_checkpoint_without_a_seed_gives_its_hash_and_no_seed_but_its_own(kind):
     trained, same, other = (kind(N, D, 0.5, seed=seed) for seed in (3, 3, 4))
     state = trained.state_dict()
