@@ -174,8 +174,8 @@ class _OwnRows:
 class FastEmbedding(_OwnRows, PerId):
     """torch.nn.Embedding whose gradient CUDA sums by atomics, without sorting: fast where few ids fill a batch.
 
-    Its order, so its rounding, changes between runs: under deterministic algorithms backward raises RuntimeError. The
-    CPU sums in order.
+    Its order, so its rounding, changes between runs: under deterministic algorithms backward raises RuntimeError there,
+    but for sparse=True. The CPU sums in order.
     """
 
     def __init__(

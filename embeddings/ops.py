@@ -27,6 +27,8 @@ On CUDA kernels skip such an id and note it: the next call on the same features 
 RuntimeError also for real weights with tables or a batch on the meta device.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
@@ -144,8 +146,14 @@ def weights_gradient(grad: Tensor, weights: Tensor, batch: tuple, layout, accumu
         values = values.view(-1, *shape[1:])
         return torch.sparse_coo_tensor(units[None], values, shape, is_coalesced=True, check_invariants=False)
     atomic = accumulate == Accumulate.ATOMIC
-    if atomic and torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError("accumulate=atomic does not repeat; with deterministic algorithms use sorted or rows")
+    if atomic and weights.is_cuda and torch.are_deterministic_algorithms_enabled():  # the CPU sums in order
+        why = (
+            "accumulate=atomic does not repeat on CUDA, and deterministic algorithms are asked for: use sorted or rows "
+            "(FastEmbedding and FastMultiEmbedding: sparse=True)"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(why)
+        warnings.warn(why, stacklevel=2)
     return torch.ops.embeddings.bag_backward(*slab, atomic, features).view(shape)
 
 

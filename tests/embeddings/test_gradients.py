@@ -21,9 +21,11 @@ from oracle import (
     assert_same_bits,
     make_case,
 )
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from embeddings import native, reference
+from embeddings.ops import weights_gradient
 
 KINDS = {
     "dense": dict(index_map=PARTITION),
@@ -177,16 +179,29 @@ def test_atomic_errs_as_sums_taken_one_by_one_and_on_a_cpu_as_the_reference(kern
     assert error(atomic) <= 4 * error(case.backward(reference, grad, SUM)) < 1e-3 * exact.abs().max()
 
 
-def test_atomic_is_refused_when_deterministic_with_the_alternatives_named(ops):
-    case = small_case(KINDS["hashed-3"])
+@pytest.fixture
+def deterministic():
     torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match=r"atomic.*(sorted|rows)"):
-            weights_grad(case, ops, case.random_grad(), SUM, ATOMIC)
-        sorted_grad = weights_grad(case, ops, case.random_grad(), SUM, SORTED)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(sorted_grad, weights_grad(case, ops, case.random_grad(), SUM, SORTED))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_atomic_is_sorted_on_a_cpu_and_so_allowed_when_deterministic(ops, deterministic):
+    case = small_case(KINDS["hashed-3"])
+    atomic, of_sorted = (weights_grad(case, ops, case.random_grad(), SUM, how) for how in (ATOMIC, SORTED))
+    assert_same_bits(atomic, of_sorted)
+
+
+def test_atomic_is_refused_on_cuda_when_deterministic_with_the_alternatives_named(deterministic):
+    with FakeTensorMode():  # which has CUDA without a GPU
+        weights, ids = torch.empty(5, 4, device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+        grad = torch.empty(3, 4, device="cuda")
+        call = (grad, weights, (ids, None, None, ids), (1, 1, PARTITION, 0, SUM), ATOMIC, "C1")
+        with pytest.raises(RuntimeError, match=r"atomic.*sorted or rows .*sparse=True"):
+            weights_gradient(*call)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="atomic.*sorted or rows"):
+            assert weights_gradient(*call).shape == weights.shape
 
 
 @each_kind
