@@ -49,7 +49,7 @@ class Arrangement:
     reads them, in the order of the output. layout: the integers that the operators take after batch_size (columns,
     probes, chunks, index_map, combine, pooling). tables: [F * K][9], a row per lookup and probe (Table in
     csrc/index_map.h); seed: what their hashes come from, None if not known. Raises ValueError if the tables' backends
-    differ in more than embedding_dim.
+    differ in more than embedding_dim, or a table has more ids than there are.
     """
 
     def __init__(
@@ -64,6 +64,9 @@ class Arrangement:
     ) -> None:
         if len({backend.group for backend in backends.values()}) != 1:
             raise ValueError(f"tables of one slab must have one backend, not {list(backends.values())}")
+        for table, n in rows.items():
+            if n >= 2**63:
+                raise ValueError(f"table {table!r}: num_embeddings={n} must be below 2^63, as ids have 64 bits")
         self.backend = next(iter(backends.values()))
         self.backends, self.rows, self.lookups = backends, rows, lookups
         self.dims = [backends[lookup.table].embedding_dim for lookup in lookups]
@@ -143,7 +146,11 @@ class Arrangement:
         return None
 
     def weights(self, slab: Tensor, table: str) -> list[Tensor]:
-        """A table's slices [slots, width] of the slab: views."""
+        """A table's slices [slots, width] of the slab: views. Raises ValueError if it is not contiguous."""
+        if not slab.is_contiguous():
+            raise ValueError(
+                f"weights have strides {list(slab.stride())}: they must be contiguous, as tables are views"
+            )
         numbers = slab.view(-1)
         return [numbers[s.begin : s.end].view(s.num_slots, s.width) for s in self.slices[table]]
 

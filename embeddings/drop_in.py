@@ -69,7 +69,7 @@ class Tables(Arranged):
         if weights is None:
             kept = torch.empty(shape, device=options.device, dtype=options.dtype)
         elif weights.shape == shape:
-            kept = weights.to(options.device, options.dtype)
+            kept = weights.to(options.device, options.dtype).contiguous()
         else:
             raise ValueError(f"_weight has shape {list(weights.shape)}: it must be {list(shape)}")
         self.register_parameter(self.parameter_name, nn.Parameter(kept))

@@ -975,9 +975,21 @@ def test_weights_of_another_shape_are_a_value_error_where_torch_asserts(kind):
         kind.from_pretrained(torch.zeros(N * D))
 
 
+def test_weights_of_any_strides_are_taken_and_those_assigned_later_must_be_contiguous():
+    rows = torch.randn(D, N).t()
+    ours = FastEmbedding(N, D, _weight=rows)
+    assert_same_bits(ours.table_weights()["table"][0], rows.contiguous())
+    ours.load_state_dict({"weight": rows}, assign=True)
+    assert_same_bits(ours(IDS), rows[IDS])
+    with pytest.raises(ValueError, match=rf"strides \[1, {N}\]: they must be contiguous"):
+        ours.table_weights()
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
+        (partial(HashedEmbedding, 2**63, D, 1e-18), rf"num_embeddings={2**63} must be below 2\^63"),
+        (partial(BloomEmbedding, 2**64, D, 1e-18), rf"num_embeddings={2**64} must be below 2\^63"),
         (partial(HashedEmbedding, N, D, _weight=torch.zeros(10, 6)), r"\[10, 6\]: it must be \[S\]"),
         (partial(HashedEmbeddingBag, N, D, _weight=torch.zeros(10), block=3), "a multiple of block=3"),
         (partial(HashedEmbeddingBag, N, D, _weight=torch.zeros(0)), r"\[0\]: it must be"),
