@@ -25,9 +25,10 @@ def collision_traffic(slabs: Iterable[Slab], names: list[str], ids: Tensor, offs
         bags = [ids[begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
     distinct, lookups = zip(*(bag.unique(return_inverse=True) for bag in bags), strict=True)
     sizes = [len(of_feature) for of_feature in distinct]
-    shares = torch.zeros(sum(sizes))
+    shares = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
     for slab in slabs:
-        _add_shares(shares, slab, torch.cat(distinct), torch.tensor([0, *sizes]).cumsum(0))
+        with torch.device("cpu"):  # whatever torch's default is
+            _add_shares(shares, slab, torch.cat(distinct), torch.tensor([0, *sizes]).cumsum(0))
     return [share[of_feature] for share, of_feature in zip(shares.split(sizes), lookups, strict=True)]
 
 

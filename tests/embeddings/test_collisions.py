@@ -49,6 +49,20 @@ def test_traffic_is_the_share_of_reads_that_another_id_has_too(yaml, changes):
     assert not found["C2"].any() and len(found["C1"]) == offsets[9]
 
 
+@pytest.mark.parametrize("dtype, device", [(torch.float64, "cpu"), (torch.bfloat16, "meta")], ids=str)
+def test_torchs_defaults_do_not_change_the_traffic(dtype, device):
+    bags, batch = make_bags([hashed(0.5, 16), dense()], [300, 300]), make_batch([300, 300])
+    expected = bags.collision_traffic(*batch)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        found = bags.collision_traffic(*batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(share.equal(expected[name]) and share.dtype == torch.float32 for name, share in found.items())
+
+
 def test_repeats_of_one_id_are_no_collision_and_two_ids_of_one_slot_are():
     bags = make_bags([hashed(0.5, 16), dense()], [300, 300])
     ids = torch.arange(300)
