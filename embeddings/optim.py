@@ -23,6 +23,7 @@ from embeddings.pages import ask_for_huge_pages
 from embeddings.rules import NUM_NUMBERS, Rule, Step, accumulator, state_shapes, step_rows
 
 PIECE = 1 << 16  # rows
+OF_EVERY_GROUP = ("params", "param_names", "initial_lr")  # the last is lr_scheduler's
 STATES = {Rule.ADAM: ("mean", "square")}  # names of a rule's states; of the others "sum"
 
 
@@ -32,9 +33,7 @@ class _Rows(Optimizer):
     rule: Rule
 
     def __init__(self, params: Iterable[Tensor], **options: float) -> None:
-        for name, value in options.items():
-            if not value >= 0 or (name == "eps" and value == 0):
-                raise ValueError(f"{name}={value} must {'be above 0' if name == 'eps' else 'not be negative'}")
+        _check(options)
         super().__init__(params, options)
         self._numbers: dict[Tensor, Tensor] = {}  # of each parameter that is stepped fused: `numbers` of bag_update
         self._has_counted = False
@@ -43,6 +42,15 @@ class _Rows(Optimizer):
         """Of a copy: torch hands on its own attributes alone."""
         super().__setstate__(state)
         self._numbers, self._has_counted = {}, False
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's. Raises ValueError for an option that is none, or is out of its range."""
+        options = {name: value for name, value in param_group.items() if name not in OF_EVERY_GROUP}
+        for name, value in options.items():
+            if name not in self.defaults:
+                raise ValueError(f"{name}={value} is no option of a group: those are {', '.join(self.defaults)}")
+        _check(options)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -108,8 +116,13 @@ class _Rows(Optimizer):
     @torch.no_grad()
     def _begin_fused(self, param: Tensor) -> None:
         """Counts a step, and puts its hyperparameters where the kernel reads them, without waiting for the device."""
-        group = next(group for group in self.param_groups if any(one is param for one in group["params"]))
-        step, _ = self._begin(param, group)
+        groups = [group for group in self.param_groups if any(one is param for one in group["params"])]
+        if not groups:
+            raise RuntimeError(
+                "the fused optimizer does not hold this slab's weight, which was replaced (by load_state_dict with "
+                "assign=True?): make one of the new parameters, and fuse it"
+            )
+        step, _ = self._begin(param, groups[0])
         if param not in self._numbers:
             self._numbers[param] = torch.empty(NUM_NUMBERS, dtype=torch.float64, device=param.device)
         values = torch.tensor(step.numbers(), dtype=torch.float64, pin_memory=param.is_cuda)
@@ -137,6 +150,16 @@ class _Rows(Optimizer):
         decay, eps = group.get("weight_decay", 0.0), group.get("eps", 0.0)
         step = Step(self.rule, lr, decay, eps, beta1, beta2, correction, t)
         return step, [*(state[name] for name, _ in kept), None, None][:2]
+
+
+def _check(options: dict[str, float]) -> None:
+    """Raises ValueError for hyperparameters out of their range."""
+    for name, value in options.items():
+        if name in ("beta1", "beta2"):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must be in [0, 1)")
+        elif not value >= 0 or (name == "eps" and value == 0):
+            raise ValueError(f"{name}={value} must {'be above 0' if name == 'eps' else 'not be negative'}")
 
 
 def _in_rows(tensor: Tensor) -> Tensor:
@@ -209,7 +232,4 @@ class Adam(_Rows):
         eps: float,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name}={beta} must be in [0, 1)")
         super().__init__(params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)

@@ -145,6 +145,14 @@ def test_a_second_backward_of_an_older_forward_is_refused():
         second.sum().backward()
 
 
+def test_a_weight_that_was_replaced_is_not_stepped():
+    bags = make_bags([dense("rows")], [40])
+    bags.fuse(MAKERS["SGD"](bags.parameters()))
+    bags.load_state_dict({name: x.clone() for name, x in bags.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="does not hold this slab's weight, which was replaced"):
+        bags(torch.arange(4)).sum().backward()
+
+
 def test_one_of_several_processes_is_not_fused(monkeypatch):
     bags = make_bags([dense()], [6])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -210,11 +210,24 @@ def test_the_learning_rate_of_a_group_is_obeyed(make):
     assert run(optimizer, param, sparse=True).equal(make_param())
 
 
-@pytest.mark.parametrize("bad", [{"lr": -0.1}, {"lr": float("nan")}, {"eps": -1e-8}, {"beta1": 1.0}, {"beta2": -0.1}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -0.1}, {"lr": float("nan")}, {"eps": -1e-8}, {"eps": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}]
+)
 def test_values_out_of_range_are_refused_by_name(bad):
     values = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, **bad}
     with pytest.raises(ValueError, match=next(iter(bad))):
         Adam([make_param()], **values)
+    optimizer = MAKERS["Adam"]([make_param()])
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        optimizer.add_param_group({"params": [make_param()], **bad})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_groups_options_are_the_optimizers():
+    optimizer = SGD([{"params": [make_param()], "lr": 0.2, "initial_lr": 0.2}], lr=0.1)
+    assert optimizer.param_groups[0] == optimizer.param_groups[0] | {"lr": 0.2, "weight_decay": 0.0}
+    with pytest.raises(ValueError, match="weightdecay=1.0 is no option of a group: those are lr, weight_decay"):
+        SGD([{"params": [make_param()], "weightdecay": 1.0}], lr=0.1)
 
 
 @each_optimizer
