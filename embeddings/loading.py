@@ -21,8 +21,9 @@ def load_dense(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]
     """Copy rows of uncompressed tables into a module's tables of the same names, and return those.
 
     module: EmbeddingBags, an EmbeddingBagCollection or EmbeddingCollection, a drop-in module with a row per id, or a
-    model that holds one of them. state_dict: of torch.nn.EmbeddingBag or Embedding, of TorchRec's collections, or of
-    facebookresearch/dlrm (its files have it under "state_dict"), or of a model that holds them: other keys are ignored.
+    model that holds one of them. state_dict: a torch.nn.EmbeddingBag's or Embedding's own; or one of TorchRec's
+    collections, of facebookresearch/dlrm (its files have it under "state_dict") or of a model that holds them, where
+    other keys are ignored.
     The module's compressed tables keep their weights. Raises ValueError, and changes nothing, if the state_dict has
     no table, or two of one name, or one that the module has not, or keeps compressed, or in another shape; or lacks one
     of the module's; or if the module is on the meta device.
@@ -53,7 +54,8 @@ def load_dense(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]
 
 def _tables(state_dict: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """Table -> its rows. The first pattern that fits any key is the state_dict's."""
-    for pattern in KEYS:
+    patterns = KEYS if len(state_dict) == 1 else KEYS[:-1]  # a weight with a bias is no table
+    for pattern in patterns:
         matches = {key: re.fullmatch(pattern, key) for key in state_dict}
         if any(matches.values()):
             break

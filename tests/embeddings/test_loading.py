@@ -272,6 +272,7 @@ def less(*names: str) -> dict[str, torch.Tensor]:
 REFUSED = {
     "no key": ({}, "the state_dict has no tables: its keys are none"),
     "no table": ({"bot_l.0.weight": torch.ones(2)}, "has no tables: its keys are bot_l.0.weight"),
+    "of a layer": (nn.Linear(DIM, 50).state_dict(), "has no tables: its keys are weight, bias"),
     "its file": ({"iter": 1, "state_dict": STATE}, "has no tables: its keys are iter, state_dict"),
     "our own state": (bags(["dense"]).state_dict(), "has no tables: its keys are slabs.0.weight, slabs.0.tables"),
     "two of one name": ({**STATE, "user.embedding_bags.C2.weight": torch.ones(30, DIM)}, "two tables 'C2'.*'user.emb"),
