@@ -4,6 +4,7 @@
 `embeddings.modules` says what its constructor's arguments mean.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,16 @@ def refuse(max_norm: float | None, scale_grad_by_freq: bool) -> None:
         raise NotImplementedError(f"max_norm={max_norm}: only None, vectors are not renormalised")
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq=True: only False")
+
+
+def _by_rows(error: str, batch_size: int, num_tables: int) -> str:
+    """An error of ids [num_tables, batch_size] with the position that the caller's [batch_size, num_tables] has."""
+
+    def moved(position: re.Match) -> str:
+        t, b = divmod(int(position[1]), batch_size)
+        return f"position {b * num_tables + t}"
+
+    return re.sub(r"position (\d+)", moved, error)
 
 
 class Options(NamedTuple):
@@ -172,7 +183,7 @@ class Tables(Arranged):
             return self._look_up(ids, None, None, batch_size)
         except RuntimeError as error:
             if "id out of range" in str(error):
-                raise IndexError(str(error)) from None
+                raise IndexError(_by_rows(str(error), batch_size, ids.numel() // batch_size)) from None
             raise
 
     def _describe(self, *more: str) -> str:

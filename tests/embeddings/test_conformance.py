@@ -583,7 +583,7 @@ def test_f8_an_id_of_a_larger_table_is_refused_in_a_smaller_one(kernels):
 
 def test_f8_the_drop_in_module_refuses_an_id_of_the_table_beside():
     module = FastMultiEmbedding([100, 200, 300], [2, 4, 8])
-    with pytest.raises(IndexError, match="feature table 1, position 3 of the batch's ids, id 200, limit 200"):
+    with pytest.raises(IndexError, match="feature table 1, position 4 of the batch's ids, id 200, limit 200"):
         module(torch.tensor([[0, 0, 0], [99, 200, 299]]))
 
 

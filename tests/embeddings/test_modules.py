@@ -792,8 +792,10 @@ def test_an_id_out_of_range_is_torchs_error_with_the_id_and_the_limit(name, id):
 
 def test_an_id_of_a_wider_table_beside_it_is_an_index_error():
     ours = FastMultiEmbedding([4, 20], [3, 2])
-    with pytest.raises(IndexError, match="feature table 0, position 1 of the batch's ids, id 4, limit 4"):
+    with pytest.raises(IndexError, match="feature table 0, position 2 of the batch's ids, id 4, limit 4"):
         ours(torch.tensor([[3, 19], [4, 0]]))
+    with pytest.raises(IndexError, match="feature table 1, position 5 of the batch's ids, id 20, limit 20"):
+        ours(torch.tensor([[3, 19], [3, 0], [0, 20]]))
     for wrong in (torch.zeros(2, 3), torch.zeros(2, 1), torch.zeros(4), torch.zeros(2, 2, 1), torch.tensor(0)):
         with pytest.raises(ValueError, match=r"input has shape .*: it must be \[B, 2\]"):
             ours(wrong.long())
