@@ -20,10 +20,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import shutil
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import torch
@@ -39,11 +39,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.resident import Resident
-from dlrm import expected, jobs, linear
+from dlrm import jobs, linear
+from dlrm.backends import Backends
 from dlrm.best import BestWeights
 from dlrm.checkpoints import CheckpointSettings
 from dlrm.log import RunLog
-from dlrm.memory import Needs, format_bytes, keep_heap, needs, reset_peak
+from dlrm.memory import keep_heap, needs, reset_peak
+from dlrm.plan import facts, fuses, hparams, print_plan, say_what_is_replaced
 from dlrm.refusals import (
     CONF,
     ConfigError,
@@ -52,16 +54,15 @@ from dlrm.refusals import (
     check_number,
     check_types,
     explain,
-    groups,
-    keys_below,
     near,
     some,
 )
 from dlrm.resume import CONFIG, check_not_over, find_start, identity, keep_config, rows_to_keep
-from dlrm.run_folder import HELD, config_hash, git_commit, held, make_run_folder
+from dlrm.root import check_root
+from dlrm.run_folder import HELD, config_hash, held, make_run_folder
 from dlrm.settings import TrainerSettings
 from dlrm.trainer import Trainer
-from embeddings import Dense, EmbeddingBags, native, seed_of
+from embeddings import EmbeddingBags, native, seed_of
 from embeddings.backend import Backend
 
 
@@ -315,75 +316,116 @@ def is_search() -> bool:
     return direction is not None
 
 
+class Parts(NamedTuple):
+    """What a configuration names, and the checkpoint that its run goes on from."""
+
+    settings: TrainerSettings
+    library: str  # of the dense layers: see dlrm.linear
+    dataset: object
+    backends: Backends
+    make_model: Callable
+    make_dense: Callable  # the optimizers
+    make_embedding: Callable
+    start: Path | None
+
+
 def train(config: dict, folder: Path) -> dict:
     """Build everything that `config` names, train, return the summary.
 
     Raises ConfigError, before any row is read for whatever can be told without: all but the ratios out of reach.
     """
     with refusals():
-        check_root(config)
-        check_keys("trainer", TrainerSettings, {**config["trainer"]})
-        check_keys("checkpoint", CheckpointSettings, {**config["checkpoint"]})
-        settings = trainer_settings(config)
-        if (config["expected"] or {}).get("at_best") and not (settings.eval_every and settings.keep_best):
-            raise ConfigError("expected.at_best=true: needs trainer.eval_every above 0 and trainer.keep_best=true")
-        library = linear.choose(config["linear"], device=config["device"], precision=config["precision"])
-        if not reset_peak(config["device"]):
-            print("memory/peak_bytes is since the process began: this system cannot restart it")
-        dataset = build("data", config["data"])
-        make_model = build("model", config["model"])
-        backends = Backends(config, dataset.feature_names)
-        if settings.average_from is not None:
-            backends.refuse_16_bits(f"trainer.average_from={settings.average_from}: the mean would be rounded away")
-        make_dense, make_embedding = optimizers(config["optimizer"], config["device"])
-        backends.refuse_auto(make_embedding([torch.zeros(1, 1)]))
-        make_model(backends.stand_in(dataset.feature_names, config), len(dataset.dense_names))
-        start = find_start(config, folder, dataset.fingerprint)
-        native.load(config["native"])
-    with refusals():
-        dataset.prepare(backends.take_any_id(dataset.feature_names))
-        if start is not None:
-            check_not_over(start, settings.num_steps(dataset.num_samples["train"]))
-        chosen = backends.choose(dataset.cardinalities)
-        dataset.prepare({feature for feature, backend in chosen.items() if not backend.ranged})
-        if is_search() and not dataset.num_samples["valid"]:
-            raise ConfigError("hydra.sweeper: a search is judged on the validation split, and this data has none")
-        how = {"pooling": config["pooling"], "seed": config["seed"]}
-        averages = settings.average_from is not None
-        planned = EmbeddingBags(chosen, dataset.cardinalities, **how, device="meta")
-        planned_optimizer = make_embedding(planned.parameters())
-        fused = fuses(config, planned, planned_optimizer)
-        if fused:
-            planned.fuse(planned_optimizer)
-        print_plan(dataset, planned, needs(planned, planned_optimizer, settings.batch_size, averages=averages))
-        bags = EmbeddingBags(chosen, dataset.cardinalities, **how)
+        parts = check(config, folder)
+        chosen = choose_backends(parts)
+        bags, embedding_optimizer, fused = make_embeddings(config, parts, chosen)
         torch.manual_seed(seed_of(config["seed"], "model"))
-        model = make_model(bags, len(dataset.dense_names)).to(config["device"])
-        linear.use(model, library)
-        embedding_optimizer = make_embedding(bags.parameters())
-        if fused:
-            bags.fuse(embedding_optimizer)
-        after = rows_to_keep(folder, start) if config["resume"] == "auto" else None
-        known = facts(config) | {"linear": library, "fused": fused}
-        known["samples_fingerprint"] = samples_fingerprint(config["data"], dataset)
-        log = RunLog(folder, facts=known, hparams=hparams(config), after=after)
-        keep_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)), start)
-        if start is None:  # of a run that ended before its first checkpoint
-            BestWeights(folder / "checkpoints").remove()
+        model = parts.make_model(bags, len(parts.dataset.dense_names)).to(config["device"])
+        linear.use(model, parts.library)
+        log = open_log(config, folder, parts, {"linear": parts.library, "fused": fused})
     say_what_is_replaced(bags, config)
     with refusals():
         trainer = Trainer(
             model,
-            Resident(dataset, config["device"]) if config["data_on_device"] else dataset,
-            dense_optimizer=make_dense(model.dense_parameters()),
+            Resident(parts.dataset, config["device"]) if config["data_on_device"] else parts.dataset,
+            dense_optimizer=parts.make_dense(model.dense_parameters()),
             embedding_optimizer=embedding_optimizer,
-            settings=settings,
+            settings=parts.settings,
             log=log,
             identity=identity(config),
         )
-        if start is not None:
-            trainer.resume(start, config["resume_despite"])
+        if parts.start is not None:
+            trainer.resume(parts.start, config["resume_despite"])
     return trainer.train()
+
+
+def check(config: dict, folder: Path) -> Parts:
+    """What a configuration names, judged as far as that goes without reading a row."""
+    check_root(config)
+    check_keys("trainer", TrainerSettings, {**config["trainer"]})
+    check_keys("checkpoint", CheckpointSettings, {**config["checkpoint"]})
+    settings = trainer_settings(config)
+    if (config["expected"] or {}).get("at_best") and not (settings.eval_every and settings.keep_best):
+        raise ConfigError("expected.at_best=true: needs trainer.eval_every above 0 and trainer.keep_best=true")
+    library = linear.choose(config["linear"], device=config["device"], precision=config["precision"])
+    if not reset_peak(config["device"]):
+        print("memory/peak_bytes is since the process began: this system cannot restart it")
+    dataset = build("data", config["data"])
+    make_model = build("model", config["model"])
+    backends = backends_of(config, dataset.feature_names)
+    if settings.average_from is not None:
+        backends.refuse_16_bits(f"trainer.average_from={settings.average_from}: the mean would be rounded away")
+    make_dense, make_embedding = optimizers(config["optimizer"], config["device"])
+    backends.refuse_auto(make_embedding([torch.zeros(1, 1)]))
+    stand_in = backends.stand_in(dataset.feature_names, pooling=config["pooling"], seed=config["seed"])
+    make_model(stand_in, len(dataset.dense_names))
+    start = find_start(config, folder, dataset.fingerprint)
+    native.load(config["native"])
+    return Parts(settings, library, dataset, backends, make_model, make_dense, make_embedding, start)
+
+
+def choose_backends(parts: Parts) -> dict[str, Backend]:
+    """Each feature's backend. The data are prepared for it, and what these alone tell is judged."""
+    dataset, backends = parts.dataset, parts.backends
+    dataset.prepare(backends.take_any_id(dataset.feature_names))
+    if parts.start is not None:
+        check_not_over(parts.start, parts.settings.num_steps(dataset.num_samples["train"]))
+    chosen = backends.choose(dataset.cardinalities)
+    dataset.prepare({feature for feature, backend in chosen.items() if not backend.ranged})
+    if is_search() and not dataset.num_samples["valid"]:
+        raise ConfigError("hydra.sweeper: a search is judged on the validation split, and this data has none")
+    return chosen
+
+
+def make_embeddings(
+    config: dict, parts: Parts, chosen: dict[str, Backend]
+) -> tuple[EmbeddingBags, torch.optim.Optimizer, bool]:
+    """The embeddings, their optimizer, and whether it steps in their backward pass, as what they take is said."""
+    rows, how = parts.dataset.cardinalities, {"pooling": config["pooling"], "seed": config["seed"]}
+    planned = EmbeddingBags(chosen, rows, **how, device="meta")
+    planned_optimizer = parts.make_embedding(planned.parameters())
+    fused = fuses(config, planned, planned_optimizer)
+    if fused:
+        planned.fuse(planned_optimizer)
+    averages = parts.settings.average_from is not None
+    needed = needs(planned, planned_optimizer, parts.settings.batch_size, averages=averages)
+    print_plan(parts.dataset, planned, needed)
+    bags = EmbeddingBags(chosen, rows, **how).to(config["device"])
+    optimizer = parts.make_embedding(bags.parameters())
+    if fused:
+        bags.fuse(optimizer)
+    return bags, optimizer, fused
+
+
+def open_log(config: dict, folder: Path, parts: Parts, known: dict) -> RunLog:
+    """The run's records, those that its checkpoint has seen kept, and its configuration. known: for its summary."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    known = facts(config) | known | {"samples_fingerprint": samples_fingerprint(config["data"], parts.dataset)}
+    after = rows_to_keep(folder, parts.start) if config["resume"] == "auto" else None
+    log = RunLog(folder, facts=known, hparams=hparams(config, choices), after=after)
+    keep_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)), parts.start)
+    if parts.start is None:  # of a run that ended before its first checkpoint
+        BestWeights(folder / "checkpoints").remove()
+    return log
 
 
 def trainer_settings(config: dict) -> TrainerSettings:
@@ -392,72 +434,22 @@ def trainer_settings(config: dict) -> TrainerSettings:
     return TrainerSettings(**config["trainer"], checkpoint=CheckpointSettings(**config["checkpoint"]), **root)
 
 
-class Backends:
-    """Which backend each feature gets: its own under `features`, else `embedding`, or dense if it is small."""
-
-    def __init__(self, config: dict, feature_names: list[str]):
-        self.default = backend("embedding", config["embedding"])
-        self.named = {}
-        for name, node in config["features"].items():
-            if name not in feature_names:
-                raise ConfigError(
-                    f"features names no column {name!r}; data has {some(feature_names)}" + near(name, feature_names)
-                )
-            if not isinstance(node, dict):
-                raise ConfigError(f"features.{name}={node}: give it a backend: +embedding@features.{name}=hashed")
-            # without a backend of its own, a feature adjusts the default's hyperparameters
-            own = node if "_target_" in node else config["embedding"] | node
-            self.named[name] = backend(f"features.{name}", own)
-        self.dense_below = config["dense_below"]
-        if isinstance(self.default, Dense):
-            self.dense = self.default
-        else:
-            how = {name: getattr(self.default, name) for name in ("accumulate", "init", "precision")}
-            self.dense = Dense(embedding_dim=self.default.embedding_dim, compression=1.0, **how)
-        for key, own in self._by_key().items():
-            usual = 1 if own is self.default else config["compression"]  # a feature's own is said if it is its own
-            if not own.compresses and own.compression != usual:
-                ratio = f"compression={own.compression:g}"
-                print(f"{key}={own.name}: its rows are given, so {ratio} does not apply to it")
-
-    def refuse_16_bits(self, why: str) -> None:
-        """Raises ConfigError, naming the key, where a backend keeps weights in 16 bits."""
-        for key, own in self._by_key().items():
-            if own.precision != "fp32":
-                raise ConfigError(f"{why} with {key}.precision={own.precision}; it needs fp32")
-
-    def refuse_auto(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises ConfigError, naming the key, where what accumulate=auto picks would change the optimizer's result."""
-        if optimizer.moves_untouched:
-            decay, kind = optimizer.param_groups[0]["weight_decay"], type(optimizer).__name__
-            under = f"{kind} with weight_decay={decay}" if decay else kind
-            for key, own in self._by_key().items():
-                if own.accumulate == "auto":
-                    raise ConfigError(
-                        f"{key}.accumulate=auto: under {under} its pick changes the result (untouched slots move under "
-                        f"a dense gradient only); use accumulate=rows or sorted"
-                    )
-
-    def _by_key(self) -> dict[str, Backend]:
-        """The backends that the configuration names, by the key that does."""
-        return {"embedding": self.default} | {f"features.{name}": own for name, own in self.named.items()}
-
-    def stand_in(self, feature_names: list[str], config: dict) -> EmbeddingBags:
-        """Embeddings of one row per feature, for the model's constructor to judge its own configuration by."""
-        tiny = {feature: self.dense for feature in feature_names}
-        return EmbeddingBags(tiny, dict.fromkeys(tiny, 1), pooling=config["pooling"], seed=config["seed"])
-
-    def take_any_id(self, feature_names: list[str]) -> set[str]:
-        """The features that might get a backend without an upper limit of ids."""
-        return {f for f in feature_names if not self.named.get(f, self.default).ranged}
-
-    def choose(self, cardinalities: dict[str, int]) -> dict[str, Backend]:
-        """Feature -> backend, in the order of cardinalities."""
-        usual = {f: self.dense if n < self.dense_below else self.default for f, n in cardinalities.items()}
-        chosen = {f: self.named.get(f, usual[f]) for f in cardinalities}
-        if self.default.compresses and self.default not in chosen.values():
-            print(f"embedding={self.default.name}: no feature gets it, all others have fewer rows than dense_below")
-        return chosen
+def backends_of(config: dict, feature_names: list[str]) -> Backends:
+    """Which backend each feature gets, by a configuration. Says of which of them compression is not."""
+    default, named = backend("embedding", config["embedding"]), {}
+    for name, node in config["features"].items():
+        if name not in feature_names:
+            raise ConfigError(
+                f"features names no column {name!r}; data has {some(feature_names)}" + near(name, feature_names)
+            )
+        if not isinstance(node, dict):
+            raise ConfigError(f"features.{name}={node}: give it a backend: +embedding@features.{name}=hashed")
+        # without a backend of its own, a feature adjusts the default's hyperparameters
+        own = node if "_target_" in node else config["embedding"] | node
+        named[name] = backend(f"features.{name}", own)
+    backends = Backends(default, named, config["dense_below"])
+    backends.say_unused(config["compression"])
+    return backends
 
 
 def backend(key: str, node: dict) -> Backend:
@@ -498,114 +490,13 @@ def try_step(make, device: str) -> None:
     make([weight]).step()
 
 
-def fuses(config: dict, bags: EmbeddingBags, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the embeddings' optimizer steps in the backward pass; says where that is not what the config asks."""
-    choice, exact = config["optimizer"]["fused"], bags.fuses_exactly(optimizer)
-    if choice is True and not exact:
-        print("optimizer.fused=true: only touched slots move, also where accumulate asks for a dense gradient")
-    fused = exact if choice == "auto" else choice
-    rounded = sorted({slab.backend.precision for slab in bags.slabs} - {"fp32"})
-    if rounded and not fused:
-        print(f"optimizer.fused={choice}: gradients of {', '.join(rounded)} weights are rounded to 16 bits")
-    return fused
-
-
-def check_root(config: dict) -> None:
-    """Keys, types and ranges of the root. What belongs to a component is checked by it."""
-    allowed = [*keys_below(""), *groups()]
-    for key in config:
-        if key not in allowed:
-            raise ConfigError(f"{key} is no key; the keys are {some(allowed)}" + near(key, allowed))
-    if (fused := config["optimizer"].get("fused")) not in ("auto", True, False):
-        raise ConfigError(f"optimizer.fused={fused}: must be one of auto, true, false")
-    despite = config["resume_despite"]
-    if not isinstance(despite, list) or not all(isinstance(key, str) for key in despite):
-        raise ConfigError(f"resume_despite={despite}: must be a list of keys, resume_despite=[compression]")
-    if not isinstance(config["resume"], str | None):
-        raise ConfigError(f"resume={config['resume']}: must be never, auto or the path of a run")
-    for key in ("features", "trainer", "checkpoint"):
-        if not isinstance(config[key], dict):
-            raise ConfigError(f"{key}={config[key]}: must be a group of keys, {key}.NAME=...")
-    check_number("compression", config["compression"], 0, 1)
-    check_number("dense_below", config["dense_below"], 0, float("inf"), whole=True)
-    check_number("seed", config["seed"], 0, 2**63 - 1, whole=True)
-    expected.check(config["expected"])
-    for key, choices in {
-        "native": native.MODES,
-        "linear": linear.CHOICES,
-        "pooling": ("sum", "mean", "max"),
-        "deterministic": (True, False),
-        "data_on_device": (True, False),
-    }.items():
-        if config[key] not in choices:
-            raise ConfigError(f"{key}={config[key]}: must be one of {some(choices)}" + near(config[key], choices))
-    nodes = [node for node in (config["embedding"], *config["features"].values()) if isinstance(node, dict)]
-    accumulate = [node.get("accumulate") for node in nodes]
-    if config["deterministic"] and "atomic" in accumulate:
-        raise ConfigError("deterministic=true: accumulate=atomic does not repeat; use accumulate=rows or sorted")
-
-
-def print_plan(dataset, bags: EmbeddingBags, needed: Needs) -> None:
-    """Which data, and what the embeddings will take, before any of it is allocated."""
-    counts = Counter(row["backend"] for row in bags.feature_table())
-    kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(f"data: {dataset.describe()}")
-    print(
-        f"embeddings: features {kinds}, in {len(bags.slabs)} slabs; {format_bytes(bags.num_bytes())}, "
-        f"all dense {format_bytes(bags.dense_equivalent_bytes())}"
-    )
-    print(needed, flush=True)
-
-
-def say_what_is_replaced(bags: EmbeddingBags, config: dict) -> None:
-    """One line for each thing that runs otherwise than the config's words suggest."""
-    if config["precision"] == "bf16" and config["device"] == "cpu" and linear.emulates_bf16(linear.cpu_flags()):
-        print("precision=bf16: this CPU has no bf16 instructions, so they are emulated; fp32 is 4 to 6 times as fast")
-    on_cpu = [slab.backend for slab in bags.slabs if not slab.weight.is_cuda]
-    if atomic := sorted({backend.name for backend in on_cpu if backend.accumulate == "atomic"}):
-        print(f"{', '.join(atomic)}: on the CPU gradients are summed in order (accumulate=atomic is for CUDA)")
-
-
 NUMBERING = {"vocabulary": "train", "min_count": 1, "id_order": "frequency", "max_rows": None}  # numbering of ids
-
-
-def facts(config: dict) -> dict:
-    """What summary.json says of the run beside its results."""
-    return {
-        "seed": config["seed"],
-        "device": config["device"],
-        "torch": torch.__version__,
-        "native": native.ensure(),
-        "git_commit": git_commit(),
-        "config_hash": config_hash(config),
-        "expected": config["expected"],
-    }
 
 
 def samples_fingerprint(node: dict, dataset) -> str:
     """The fingerprint of a dataset, by its node, that is the same however ids are numbered: whatever the cut-off."""
     plain = node | {key: value for key, value in NUMBERING.items() if key in node}
     return dataset.fingerprint if plain == node else build("data", plain).fingerprint
-
-
-def hparams(config: dict) -> dict:
-    """The flat choices that TensorBoard compares runs by: every number and word of the config, of the data only the
-    cut-off."""
-    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    names = {group: name for group, name in chosen.items() if name and not group.startswith("hydra/")}
-    if "min_count" in config["data"]:
-        names["data.min_count"] = config["data"]["min_count"]
-
-    def flat(node: dict, prefix: str = "") -> dict:
-        found = {}
-        for key, value in node.items():
-            if isinstance(value, dict):
-                found |= flat(value, f"{prefix}{key}.")
-            elif not key.startswith("_") and value is not None:
-                found[prefix + key] = value
-        return found
-
-    return names | flat({key: value for key, value in config.items() if key not in ("data", "resume", "expected")})
 
 
 # --- refusing what cannot be done ------------------------------------------------------------------------------------

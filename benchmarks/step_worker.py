@@ -70,6 +70,7 @@ def ours(spec: Spec) -> Training:
     from data.batch import Batch
     from dlrm import linear
     from dlrm.log import RunLog
+    from dlrm.plan import fuses
     from dlrm.progress import Progress
     from dlrm.trainer import Trainer
     from embeddings import native
@@ -84,13 +85,13 @@ def ours(spec: Spec) -> Training:
     if config["precision"] == "tf32":
         torch.set_float32_matmul_precision("high")  # as the trainer does around its steps
     settings = train.trainer_settings(config)
-    chosen = train.Backends(config, list(cardinalities)).choose(cardinalities)
+    chosen = train.backends_of(config, list(cardinalities)).choose(cardinalities)
     bags = shapes.bags_on(spec.device, chosen, cardinalities)
     model = train.build("model", config["model"])(bags, NUM_DENSE).to(spec.device)
     linear.use(model, linear.choose(config["linear"], device=config["device"], precision=config["precision"]))
     make_dense, make_embedding = train.optimizers(config["optimizer"], config["device"])
     optimizer = make_embedding(bags.parameters())
-    is_fused = train.fuses(config, bags, optimizer)
+    is_fused = fuses(config, bags, optimizer)
     if is_fused:
         bags.fuse(optimizer)
     scratch = tempfile.TemporaryDirectory()

@@ -26,6 +26,7 @@ from data.synthetic import Synthetic
 from data.teacher import Teacher
 from dlrm import checkpoint, jobs
 from dlrm.linear import cpu_flags, emulates_bf16
+from dlrm.refusals import keys_below
 from dlrm.run_folder import held
 from dlrm.trainer import Trainer
 
@@ -712,7 +713,7 @@ def test_a_key_that_has_no_default_is_named(cli):
 
 @pytest.mark.once
 def test_every_key_misspelt_by_one_letter_is_refused_with_the_right_suggestion(cli):
-    keys = [*train.keys_below(""), *(f"trainer.{key}" for key in train.keys_below("trainer"))]
+    keys = [*keys_below(""), *(f"trainer.{key}" for key in keys_below("trainer"))]
     keys = [key for key in keys if key not in ("features", "trainer")]
     right = 0
     for key in keys:
