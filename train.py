@@ -138,7 +138,9 @@ def first_of(override: Override) -> str:
     """The override, or of those that it makes in a sweep the first."""
     if not override.is_sweep_override():
         return override.input_line
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    if (first := next(override.sweep_string_iterator(), None)) is None:
+        raise ConfigError(f"{override.input_line}: names nothing that there is")
+    return f"{override.get_key_element()}={first}"
 
 
 def is_multirun(given: list[str]) -> bool:
@@ -421,8 +423,8 @@ def open_log(config: dict, folder: Path, parts: Parts, known: dict) -> RunLog:
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     known = facts(config) | known | {"samples_fingerprint": samples_fingerprint(config["data"], parts.dataset)}
     after = rows_to_keep(folder, parts.start) if config["resume"] == "auto" else None
-    log = RunLog(folder, facts=known, hparams=hparams(config, choices), after=after)
     keep_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)), parts.start)
+    log = RunLog(folder, facts=known, hparams=hparams(config, choices), after=after)
     if parts.start is None:  # of a run that ended before its first checkpoint
         BestWeights(folder / "checkpoints").remove()
     return log

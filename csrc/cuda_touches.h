@@ -18,8 +18,8 @@ constexpr int64_t kNarrowUnits = INT32_MAX;  // of slabs up to so many, slots ar
 // the slab's ids by feature, sample and position: without offsets they are the bags f * B + b, with offsets the
 // positions, shifted so that the features' ranges follow one another in the slab's order.
 struct Touches {
-  void*
-      slots;  // [M] int32, or int64 if is_wide: first unit of the slot, kNoSlot where there is no touch of that number
+  // [M] first unit of the slot, kNoSlot where there is no touch of that number: int32, or int64 if is_wide
+  void* slots;
   bool is_wide;     // of a slab beyond kNarrowUnits; elsewhere 64 bits would be half as many bytes again to sort
   uint32_t* order;  // [M] touch number * 2, + 1 if its numbers count negatively
   uint32_t* bags;   // [N] bag f * B + b of each occurrence; nullptr without offsets

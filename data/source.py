@@ -20,10 +20,10 @@ COMPRESSED = {".gz", ".zst"}
 DELIMITERS = {".tsv": "\t", ".txt": "\t", ".inter": "\t", ".user": "\t", ".item": "\t", ".dat": "::"}
 LIST = "VARCHAR[]"  # the SQL type in which a list column is read
 NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "U", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
-MAX_LINE = 2 << 20  # bytes; DuckDB refuses longer ones
+MAX_LINE = 2_000_000  # bytes; DuckDB refuses longer ones
 MAX_BAD_ROWS = 100_000  # beyond this the format is misunderstood, whatever data.on_error says; it also bounds memory
 MAX_ERRORS = 4 * MAX_BAD_ROWS  # a row may have several
-FORMATS = {b"PAR1": ".parquet", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # by a file's first bytes
+FORMATS = {b"PAR1\x15": ".parquet", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # by a file's first bytes
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def open_source(
 def check_format(path: Path) -> None:
     """Raises ValueError if a file's first bytes are of a format that its name does not end in."""
     with open(path, "rb") as file:
-        start = file.read(4)
+        start = file.read(5)
     found = next((suffix for magic, suffix in FORMATS.items() if start.startswith(magic)), None)
-    if found is not None and path.suffix != found:
+    if found is not None and path.suffix.lower() != found:
         raise ValueError(f"data.path: {path} begins as a {found} file does, so its name must end in {found}")
 
 
@@ -119,7 +119,9 @@ def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
 def first_line_of(path: Path) -> str:
     """The first line of a plain or gzip file, without its end and a byte order mark."""
     with open_bytes(path) as file:
-        first, *_ = file.readline(MAX_LINE).splitlines() or [b""]
+        first, *_ = file.readline(MAX_LINE + 1).splitlines() or [b""]
+    if len(first) > MAX_LINE:
+        raise ValueError(f"{path}:1: the first line has more than {MAX_LINE:,} bytes")
     return first.decode("utf-8-sig")
 
 
@@ -135,7 +137,7 @@ def first_line_of_zst(path: Path) -> str | None:
 
 def open_bytes(path: Path) -> IO[bytes]:
     """A plain or gzip file, opened to read its bytes."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def one_file(path: Path) -> str:

@@ -17,7 +17,7 @@ TRANSFORMS = ("none", "log1p", "shifted_log", "standardize")
 # What is no number stays as it is, to be refused by what it says
 BUCKET = (
     "CASE WHEN {0} IS NULL THEN '0' ELSE coalesce(CAST(TRY_CAST(CASE WHEN {1} > 2 THEN "
-    "floor(pow(ln(greatest({1}, 1)), 2)) ELSE trunc({1}) END AS BIGINT) AS VARCHAR), {0}) END"
+    "floor(pow(ln(greatest({1}, 1)), 2)) ELSE trunc({1}) END AS BIGINT) AS VARCHAR), CAST({0} AS VARCHAR)) END"
 )
 
 
@@ -126,7 +126,7 @@ class Table(FileDataset):
     def _in_buckets(self, source: Source) -> Source:
         """The same source, with the magnitudes of the columns in buckets."""
         sql = {c: BUCKET.format(quoted(c), f"TRY_CAST({quoted(c)} AS DOUBLE)") for c in self.buckets}
-        whole = "regexp_full_match({0}, '-?[0-9]+')"
+        whole = "TRY_CAST({0} AS BIGINT) IS NOT NULL AND regexp_full_match({0}, '-?[0-9]+')"
         checks = {c: (whole.format(column_sql(c)), "must be a number (data.buckets)") for c in self.buckets}
         sql, checks = ({c: x for c, x in some.items() if c in source.columns} for some in (sql, checks))
         return replace(source, expressions={**source.expressions, **sql}, checks={**source.checks, **checks})

@@ -31,12 +31,13 @@ class BestWeights:
         if not theirs.exists() or (counters := checkpoint.read_weights(theirs))["step"] > step:
             return
         self.auc, self.step = counters["eval_auc"], counters["step"]
+        half = self.path.with_name(f".tmp-{self.path.name}")
         try:
             if theirs.absolute() != self.path.absolute():
-                half = self.path.with_name(f".tmp-{self.path.name}")
                 shutil.copytree(theirs, half, copy_function=_link_or_copy)
                 half.rename(self.path)
         except OSError as full:
+            shutil.rmtree(half, ignore_errors=True)
             self.error = str(full)
 
     def offer(self, model: nn.Module, auc: float, step: int) -> None:

@@ -57,11 +57,11 @@ def draw_png(configurations: Sequence[Configuration], path: Path) -> None:
 
 def draw_html(configurations: Sequence[Configuration], path: Path, verdicts: dict[str, str]) -> None:
     """The same, to hover over and zoom. verdicts: label -> what its comparison with the baseline says."""
-    figure = go.Figure()
-    for edge in fronts(configurations):
+    figure, edges = go.Figure(), fronts(configurations)
+    for edge in edges:
         x, y = _line(edge)
         figure.add_scatter(x=x, y=y, mode="lines", line={"width": 12, "color": "#dddddd"}, name="front")
-    best = sum(fronts(configurations), [])
+    best = [one for edge in edges for one in edge]
     for name, members in families(configurations).items():
         x, y = _line(members)
         said = [

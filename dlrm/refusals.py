@@ -27,8 +27,8 @@ def check_choices(arguments: Iterable[str]) -> None:
     for argument in arguments:
         group, _, value = argument.lstrip("+").partition("=")
         folder = CONF / group.partition("@")[0]
-        words = re.findall(r"(?:^|,)([\w.+-]+)(?=,|$)", value)
-        if folder != CONF and folder.is_dir() and not all(isinstance(yaml.safe_load(word), str) for word in words):
+        is_no_text = re.search(r"(?:^|,)(null|true|false|[+-]?\d[\d._]*)(?=,|$)", value, re.IGNORECASE)
+        if folder != CONF and folder.is_dir() and is_no_text:
             allowed = sorted(path.stem for path in folder.glob("*.yaml"))
             raise ConfigError(f"{argument}: must be one of {some(allowed)}, or left out")
 
@@ -109,7 +109,8 @@ def explain(error: Exception) -> str:
 def _quoted(override: str) -> str:
     """How to say an override that hydra's grammar does not take: text of other letters, or with = # and the like."""
     key, _, value = override.partition("=")
-    if not value or value[0] in "[{" or re.search(r"['\"]", value):
+    is_plain = re.fullmatch(r"[\w\s.,:/+*@?|%-]*", value, re.ASCII)
+    if is_plain or value[0] in "[{" or re.search(r"['\"]", value) or not re.fullmatch(r"[+~]*[\w/@.]*\w", key):
         return ""
     quoted = ",".join(f"'{word}'" for word in value.split(","))  # of a sweep each
     return f'; quote the value, for Hydra and for the shell: "{key}={quoted}"'

@@ -62,7 +62,7 @@ def check_begins_anew(folder: Path, same: dict) -> None:
     """Raises ValueError unless the records in a folder without a checkpoint are of a run of this identity."""
     try:
         that = identity(yaml.safe_load((folder / CONFIG).read_text()))
-    except (FileNotFoundError, KeyError):
+    except (FileNotFoundError, KeyError, TypeError, yaml.YAMLError):
         raise ValueError(
             f"resume=auto: {folder} has records, no checkpoint and no {CONFIG} that says whose they are: name another "
             "hydra.run.dir"
@@ -79,21 +79,27 @@ def keep_config(folder: Path, text: str, start: Path | None) -> None:
     """Writes a run's configuration into its folder. Says in what it differs from that which led to the checkpoint it
     goes on from, and keeps that as resolved-until-STEP.yaml if it is the folder's own."""
     if start is not None:
-        step = checkpoint.read_counters(start)["step"]
-        before = config_until(start.parent.parent, step)
+        step, there = checkpoint.read_counters(start)["step"], start.parent.parent
+        later = [path for until, path in kept_configs(there) if step <= until]
+        before = later[0] if later else there / CONFIG
         was = yaml.safe_load(before.read_text()) if before.exists() else yaml.safe_load(text)
         changed = [one for one in differences(was, yaml.safe_load(text)) if not one[0].startswith("resume")]
         for key, old, new in changed:
             print(f"goes on with {key}={json.dumps(new)}, which was {json.dumps(old)}")
-        if changed and before == folder / CONFIG:
-            before.rename(folder / f"resolved-until-{step}.yaml")
-    (folder / CONFIG).write_text(text)
+        if there.absolute() == folder.absolute():
+            if changed:
+                before.rename(folder / f"resolved-until-{step}.yaml")
+            for until, path in kept_configs(folder):  # of steps that are done again
+                if until > step:
+                    path.unlink()
+    temporary = folder / f".{CONFIG}.tmp"
+    temporary.write_text(text)
+    temporary.rename(folder / CONFIG)
 
 
-def config_until(folder: Path, step: int) -> Path:
-    """The configuration of a run's folder that led to a step."""
-    kept = sorted((int(path.stem.rpartition("-")[2]), path) for path in folder.glob("resolved-until-*.yaml"))
-    return next((path for until, path in kept if step <= until), folder / CONFIG)
+def kept_configs(folder: Path) -> list[tuple[int, Path]]:
+    """The configurations that a run's folder had before, each with the step until which it had it."""
+    return sorted((int(path.stem.rpartition("-")[2]), path) for path in folder.glob("resolved-until-*.yaml"))
 
 
 def check_despite(keys: Iterable[str], *identities: dict) -> None:

@@ -27,8 +27,8 @@ class Run:
 
     @property
     def data(self) -> str:
-        """The fingerprint of its samples, however their ids were numbered; of an older run, of its data."""
-        return self.summary.get("samples_fingerprint") or self.summary.get("data_fingerprint", "")
+        """The fingerprint of its samples, however their ids were numbered; of an older run, which has none, ''."""
+        return self.summary.get("samples_fingerprint", "")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def by_data(configurations: Sequence[Configuration]) -> dict[str, list[Configura
 
 def data_word(data: str) -> str:
     """What a label calls the data of this fingerprint."""
-    return f"data:{data[:8]}"
+    return f"data:{data[:8] or 'unknown'}"
 
 
 def list_missing(runs: list[Run], tag: str | None = None) -> str:

@@ -52,7 +52,8 @@ def report(folder: Path, baseline: str | None = None) -> int:
     if measured:
         baselines = _baselines(measured, baseline)
         verdicts = {one.label: verdict(one, baselines.get(one.data)) for one in measured}
-        rows = [_row(one, baselines.get(one.data), verdicts, sum(fronts(measured), [])) for one in measured]
+        edge = [one for part in fronts(measured) for one in part]
+        rows = [_row(one, baselines.get(one.data), verdicts, edge) for one in measured]
         with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
             columns = _without_empty(rows)
             writer = csv.DictWriter(file, list(columns[0]))

@@ -183,7 +183,9 @@ class Tables(Arranged):
             return self._look_up(ids, None, None, batch_size)
         except RuntimeError as error:
             if "id out of range" in str(error):
-                raise IndexError(_by_rows(str(error), batch_size, ids.numel() // batch_size)) from None
+                num_tables = len(self.arrangement.lookups)
+                is_of_these = num_tables > 1 and not ids.is_cuda  # CUDA raises what it met in an earlier call
+                raise IndexError(_by_rows(str(error), batch_size, num_tables) if is_of_these else str(error)) from None
             raise
 
     def _describe(self, *more: str) -> str:

@@ -23,7 +23,6 @@ from embeddings.pages import ask_for_huge_pages
 from embeddings.rules import NUM_NUMBERS, Rule, Step, accumulator, state_shapes, step_rows
 
 PIECE = 1 << 16  # rows
-OF_EVERY_GROUP = ("params", "param_names", "initial_lr")  # the last is lr_scheduler's
 STATES = {Rule.ADAM: ("mean", "square")}  # names of a rule's states; of the others "sum"
 
 
@@ -44,12 +43,8 @@ class _Rows(Optimizer):
         self._numbers, self._has_counted = {}, False
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's. Raises ValueError for an option that is none, or is out of its range."""
-        options = {name: value for name, value in param_group.items() if name not in OF_EVERY_GROUP}
-        for name, value in options.items():
-            if name not in self.defaults:
-                raise ValueError(f"{name}={value} is no option of a group: those are {', '.join(self.defaults)}")
-        _check(options)
+        """As torch's, which also takes names that are no options. Raises ValueError for an option out of its range."""
+        _check({name: value for name, value in param_group.items() if name in self.defaults})
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -63,7 +58,7 @@ class _Rows(Optimizer):
                     continue
                 step, states = self._begin(param, group)
                 rows, grads = _touched_rows(param.grad) if param.grad.is_sparse else (None, param.grad)
-                slab, grads = _in_rows(param), _in_rows(grads)
+                slab, grads = _in_rows(param), _in_rows(grads.contiguous())
                 shapes = [*state_shapes(self.rule, slab), None, None]
                 states = [s if s is None else s.view(shape) for s, shape in zip(states, shapes, strict=False)]
                 for some, part in _pieces(slab, rows, grads):

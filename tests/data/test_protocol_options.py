@@ -1,5 +1,6 @@
 """What published protocols need of the data: id orders, shared rows, magnitudes, splits that are files, file order."""
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_ids_from_max_rows_on_wrap_around_and_those_never_trained_stay_apart(tab
     assert table(text, dense={}, max_rows=99).cardinalities == {"c": 7}
 
 
+@pytest.mark.parametrize("kind", ["INTEGER", "DOUBLE", "VARCHAR"])
+def test_buckets_of_parquet_are_those_of_the_same_text(table, tmp_path, kind):
+    values = [-3, 0, 2, 7, 1000, 3]
+    rows = ", ".join(f"({i % 2}, CAST({v} AS {kind}))" for i, v in enumerate(values))
+    duckdb.execute(f"COPY (SELECT * FROM (VALUES {rows}) v(y, c)) TO '{tmp_path / 't.parquet'}'")
+    found = table(None, name="t.parquet", dense={}, buckets=["c"])
+    assert ids(found) == ids(
+        table("y,c\n" + "".join(f"{i % 2},{v}\n" for i, v in enumerate(values)), dense={}, buckets=["c"])
+    )
+
+
 def test_buckets_are_magnitudes(table):
     numbers = ["-3", "0", "", "1", "2", "3", "4", "5", "7", "1000"]
     want = [-3, 0, 0, 1, 2, 1, 1, 2, 3, 47]  # floor(ln(x)^2) above 2
@@ -56,7 +68,7 @@ def test_buckets_are_magnitudes(table):
     assert ids(dataset) == [sorted(set(map(str, want))).index(str(w)) + 1 for w in want]
     with pytest.raises(ValueError, match=r"t\.csv:4:c: must be a number"):
         table(text.replace("\n0,\n", "\n0,many\n", 1), dense={}, buckets=["c"])
-    for value in ("nan", "0x10", "-1e30"):
+    for value in ("nan", "0x10", "-1e30", "-99999999999999999999"):
         with pytest.raises(ValueError, match=f"data.buckets.*, not {value}"):
             table(text.replace("\n0,\n", f"\n0,{value}\n", 1), dense={}, buckets=["c"])
     with pytest.raises(ValueError, match="data.buckets.* has no 'd'; allowed: c"):

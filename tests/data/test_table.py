@@ -174,7 +174,8 @@ def test_the_named_file_alone_is_read_whatever_its_name(table, tmp_path, name, k
         (ROWS.encode("utf-16"), "t.csv", "t.csv:1: is not UTF-8"),
         (gzip.compress("y,d,prix\u00e9\n".encode("latin-1")), "t.csv.gz", "t.csv.gz:1: is not UTF-8"),
         (gzip.compress(ROWS.encode()), "t.csv", "begins as a .gz file does, so its name must end in .gz"),
-        (b"PAR1 and the rest", "t.csv", "begins as a .parquet file does"),
+        (b"PAR1\x15 and the rest", "t.csv", "begins as a .parquet file does"),
+        (b"y," + b"d" * 2_000_000 + b",c\n", "t.csv", "t.csv:1: the first line has more than 2,000,000 bytes"),
         (ROWS.encode(), "t.parquet", "t.parquet cannot be read: [^\n]*magic[^\n]*$"),
     ],
 )

@@ -9,11 +9,12 @@ import torch
 from stand_ins import StandInData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import equal, read_rows, state_tensors, weights
+from torch import nn
 
 from dlrm import checkpoint
 from dlrm.checkpoints import CheckpointSettings
 from dlrm.guards import Guards
-from dlrm.resume import check_same_run, without
+from dlrm.resume import check_same_run, keep_config, kept_configs, without
 
 RUN = {"num_train": 160, "batch_size": 32, "epochs": 3}  # 15 steps
 TIMES = {"train/samples_per_second", "memory/peak_bytes"}
@@ -265,3 +266,22 @@ def test_a_jump_of_the_loss_is_said(start, monkeypatch, capsys):
     monkeypatch.setattr(Guards, "spike", lambda self, loss: "it jumped")
     start("run").train()
     assert "step 3: it jumped\n" in capsys.readouterr().err
+
+
+def test_a_configuration_is_kept_for_the_steps_that_it_led_to(tmp_path, capsys):
+    def go(rate, start):
+        path = None if start is None else checkpoint.path_of(tmp_path / "checkpoints", start)
+        keep_config(tmp_path, f"lr: {rate}\nresume: {start}\n", path)
+        return [path.name for _, path in kept_configs(tmp_path)], capsys.readouterr().out.splitlines()
+
+    for step in (4, 8):
+        counters = {"step": step}
+        checkpoint.save(
+            tmp_path / "checkpoints", nn.Linear(1, 1), {"o": torch.optim.SGD(nn.Linear(1, 1).parameters())}, counters
+        )
+    assert go(1, None) == ([], [])
+    assert go(2, 4) == (["resolved-until-4.yaml"], ["goes on with lr=2, which was 1"])
+    assert go(3, 4) == (["resolved-until-4.yaml"], ["goes on with lr=3, which was 1"])  # 2 led to no checkpoint
+    assert go(5, 8) == (["resolved-until-4.yaml", "resolved-until-8.yaml"], ["goes on with lr=5, which was 3"])
+    assert go(1, 4) == (["resolved-until-4.yaml"], [])  # back, and as it was then: 5 to 8 are done again
+    assert go(1, 8) == (["resolved-until-4.yaml"], [])
