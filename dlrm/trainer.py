@@ -73,8 +73,7 @@ class Trainer:
         # samples trained on, seconds of training and of all, also before the run went on; seconds of evaluation since
         self.num_samples, self.train_seconds, self.seconds, self.eval_seconds = 0, 0.0, 0.0, 0.0
         self.train_began: float | None = None  # on a clock that stands still during evaluation; None: not training
-        # the losses not yet logged
-        self.loss_sum, self.num_losses = torch.zeros((), device=settings.device), 0
+        self.loss_sum, self.num_losses = torch.zeros((), device=settings.device), 0  # of losses not yet logged
         self.gradient_bytes = 0  # the most that a step's gradients of the embeddings took
         self.beats_constant_predictor: bool | None = None  # by the last evaluation
         self.has_warned = False

@@ -317,8 +317,7 @@ def test_tables_side_by_side_are_torchs_embeddings(dtype, sparse, device):
         exact = [table.weight.detach().double().requires_grad_() for table in tables]
         wanted = torch.cat([rows[ids[:, i].long()] for i, rows in enumerate(exact)], 1)
         grads = torch.autograd.grad(wanted, exact, grad.double())
-        nearly = TOLERANCES[dtype] * (4 if device == "cuda" else 1)  # by atomics, in any order
-        tolerance = dict(rtol=nearly, atol=nearly)
+        tolerance = dict(rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
         torch.testing.assert_close(
             found.to_dense().cpu().double().view(-1), torch.cat([g.flatten() for g in grads]), **tolerance
         )
