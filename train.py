@@ -363,6 +363,8 @@ def train(config: dict, folder: Path) -> dict:
 def check(config: dict, folder: Path) -> Parts:
     """What a configuration names, judged as far as that goes without reading a row."""
     check_root(config)
+    if config["deterministic"]:
+        linear.repeat_with_any_threads()
     check_keys("trainer", TrainerSettings, {**config["trainer"]})
     check_keys("checkpoint", CheckpointSettings, {**config["checkpoint"]})
     settings = trainer_settings(config)

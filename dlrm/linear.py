@@ -4,6 +4,7 @@ MKL takes its slower path on AMD CPUs with AVX-512: 200 against oneDNN's 430 GFL
 512, 256, torch 2.13.0). Without AVX-512 they are level, and on Intel's CPUs nothing was measured.
 """
 
+import os
 import platform
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def use(model: nn.Module, library: str) -> None:
     for layer in model.modules():
         if isinstance(layer, LinearReLU):
             layer.by_onednn = library == "onednn"
+
+
+def repeat_with_any_threads() -> None:
+    """MKL's products shall have the same bits whatever the number of threads, among which it else splits long sums.
+
+    Before a process's first product: MKL reads this once. On Intel's CPUs it costs nothing that could be measured, but
+    for gradients of inputs narrower than 32; on others nothing was. oneMKL's guide, "Conditional Numerical
+    Reproducibility".
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def cpu_flags() -> set[str]:

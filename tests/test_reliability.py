@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import flips, harm, kills, runs, table
+from dlrm import linear
 
 pytestmark = pytest.mark.once  # which kernels run changes nothing of it
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,17 @@ def test_runs_that_differ_are_told_apart(run, tmp_path):
     assert runs.differences(run, run) == []
     found = runs.differences(other, run)
     assert "model.safetensors" in found and "metrics.jsonl" in found and "TensorBoard's events" in found
+
+
+@pytest.mark.skipif("GenuineIntel" not in linear.cpu_flags(), reason="MKL promises it on Intel's CPUs only")
+def test_a_run_is_the_same_with_one_thread_and_with_two(tmp_path):
+    """With batches whose sums MKL would split among threads: without MKL_CBWR the second step's weights differ."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for threads, folder in enumerate(folders, 1):
+        process = runs.start(runs.command(folder, 20_000, "trainer.batch_size=2048", "deterministic=true"), threads)
+        text = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, text
+    assert runs.differences(*folders) == []
 
 
 def test_manifests_that_were_made_to_do_harm_are_refused_and_change_nothing(capsys):

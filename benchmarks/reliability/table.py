@@ -73,9 +73,9 @@ PROMISES: list[tuple[str, str, str, Callable[[Counts], str]]] = [  # promise, ho
     ),
     (
         "the same command gives the same weights, with 1 or 2 threads",
-        "five runs of every backend with deterministic=true",
+        "five runs of every backend with deterministic=true, batches of 128 and of 2048",
         "repeats",
-        lambda c: f"{c['equal to their first']} of {c['runs']}",
+        lambda c: f"{c['equal to their first']} of {c['runs']} ({c['device']})",
     ),
     (
         "a misspelt key or option is refused in two seconds, and the right one named",
