@@ -6,74 +6,63 @@
 namespace embeddings::inline cuda {
 namespace {
 
-constexpr int64_t kSamples = 4;  // of row_kernel
-
 // out [B, columns]
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int lanes) {
+  using real = typename Lookup::real;
   const Group group = group_of(lanes);
   lookup.for_each_bag(group, lookup.parts(), [&](const Bag& bag, int64_t part) {
     const Table& table = lookup.at.table(bag.f, part);
     const int64_t count = lookup.pooling == kMean ? bag.end - bag.begin : 1;
     for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
-      OrderedSum<typename Lookup::real, pack> sum;
-      typename Lookup::real v[pack];
-      lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
-        lookup.vector(bag.f, part, id, d, v);
+      OrderedSum<real, pack> sum;
+      lookup.template for_each_vector<pack>(bag, part, d, [&](int64_t n, auto& v) {
         if (lookup.sample_weights) scale(v, lookup.sample_weights[n]);
         sum.add(v);
       });
-      sum.finish(v);
+      real total[pack];
+      sum.finish(total);
       if (count > 1) {
-        for (int i = 0; i < pack; ++i) v[i] /= static_cast<typename Lookup::real>(count);
+        for (int i = 0; i < pack; ++i) total[i] /= static_cast<real>(count);
       }
-      store(out + bag.b * lookup.columns + table.column + d, v);
+      store(out + bag.b * lookup.columns + table.column + d, total);
     });
   });
 }
 
-// The same for bags of one id, of which nothing is added: those of kSamples samples at a time, whose rows are on their
-// way together.
+// The same for bags of one id, of which nothing is added: those of kAhead samples at a time.
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
     row_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int lanes) {
   const Group group = group_of(lanes);
   const Ids& at = lookup.at;
-  const int64_t times = (at.batch_size + kSamples - 1) / kSamples;
-  for (int64_t i = group.index; i < at.num_features * at.probes * times; i += group.count) {
-    const int64_t row = i / times, f = row / at.probes, first = i % times * kSamples;
-    const Table table = at.table(f, row % at.probes);
+  lookup.for_each_part(lookup.parts(), [&](int64_t f, int64_t part) {
+    const Table table = at.table(f, part);  // its own: a store to out could be one to it
     const bool has_bags = lookup.has_bags(f);
-    const int64_t begin = has_bags ? table.position * at.batch_size + first : 0;
-    if (!has_bags) lookup.note(kNoBags, f, first, table.position);
-    bool reads[kSamples];
-    uint64_t keys[kSamples];
-    UNROLL for (int s = 0; s < kSamples; ++s) {
-      reads[s] = has_bags && first + s < at.batch_size;
-      const int64_t id = reads[s] ? at.id(begin + s) : 0;
-      reads[s] = reads[s] && lookup.has_weights(f, begin + s, id);
-      keys[s] = lookup.map.key(table, id);
+    if (!has_bags) lookup.note(kNoBags, f, 0, table.position);
+    const int64_t begin = has_bags ? table.position * at.batch_size : 0;
+    for (int64_t first = group.index * kAhead; first < at.batch_size; first += group.count * kAhead) {
+      int64_t ids[kAhead] = {};
+      bool wanted[kAhead];
+      UNROLL for (int s = 0; s < kAhead; ++s) {
+        wanted[s] = has_bags && first + s < at.batch_size;
+        if (wanted[s]) ids[s] = at.id(begin + first + s);
+      }
+      UNROLL for (int s = 0; s < kAhead; ++s) {
+        wanted[s] = wanted[s] && lookup.has_weights(f, begin + first + s, ids[s]);
+      }
+      for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
+        typename Lookup::real v[kAhead][pack];
+        lookup.vectors(f, part, ids, wanted, d, v);
+        UNROLL for (int s = 0; s < kAhead; ++s) {
+          if (first + s >= at.batch_size) break;
+          if (lookup.sample_weights && wanted[s]) scale(v[s], lookup.sample_weights[begin + first + s]);
+          store(out + (first + s) * lookup.columns + table.column + d, v[s]);
+        }
+      });
     }
-    for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
-      const int width = static_cast<int>(table.width), chunk = d / width;
-      const typename Lookup::weight_t* from[kSamples];
-      bool negative[kSamples];
-      UNROLL for (int s = 0; s < kSamples; ++s) {
-        const Read read = lookup.map.read(table, keys[s], chunk);
-        negative[s] = read.negative;
-        from[s] = reads[s] ? lookup.slab + table.begin + read.slot * width + (d - chunk * width) : nullptr;
-      }
-      typename Lookup::real v[kSamples][pack];
-      load_all(from, v);
-      UNROLL for (int s = 0; s < kSamples; ++s) {
-        if (first + s >= at.batch_size) break;
-        negate_if(reads[s] && negative[s], v[s]);
-        if (lookup.sample_weights && reads[s]) scale(v[s], lookup.sample_weights[begin + s]);
-        store(out + (first + s) * lookup.columns + table.column + d, v[s]);
-      }
-    });
-  }
+  });
 }
 
 // out [B, columns] if given; argmax [B, columns], the position of each maximum (-1 in an empty bag), if given. The
@@ -85,11 +74,10 @@ __global__ void __launch_bounds__(kThreads)
   lookup.for_each_bag(group, lookup.parts(), [&](const Bag& bag, int64_t part) {
     const Table& table = lookup.at.table(bag.f, part);
     for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
-      typename Lookup::real best[pack], v[pack];
+      typename Lookup::real best[pack];
       int64_t winner[pack];
       for (int i = 0; i < pack; ++i) best[i] = 0, winner[i] = -1;
-      lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
-        lookup.vector(bag.f, part, id, d, v);
+      lookup.template for_each_vector<pack>(bag, part, d, [&](int64_t n, auto& v) {
         for (int i = 0; i < pack; ++i) {
           if (winner[i] < 0 || (best[i] == best[i] && !(v[i] <= best[i]))) best[i] = v[i], winner[i] = n;
         }
@@ -107,16 +95,16 @@ void forward(const Launch& launch, const Call& call, Tensor& out) {
   with_lookup(call, std::nullopt, std::nullopt, [&](auto lookup) {
     using Lookup = decltype(lookup);
     const Typical<typename Lookup::weight_t> typical(call);
-    const int64_t work = typical.parts * call.at.batch_size;
+    const int64_t samples = call.at.batch_size, rows = call.at.num_features * lookup.parts();
     auto* to = out.mutable_data_ptr<typename Lookup::real>();
     if (call.pooling == kMax) {
-      return launch(max_kernel<Lookup>, work, typical.vector_lanes(), lookup, to, nullptr);
+      return launch(max_kernel<Lookup>, {samples, rows}, typical.vector_lanes(), lookup, to, nullptr);
     }
-    if constexpr (!Lookup::kAdds) {
-      const int64_t times = (call.at.batch_size + kSamples - 1) / kSamples;
-      if (!call.offsets) return launch(row_kernel<Lookup>, typical.parts * times, typical.vector_lanes(), lookup, to);
+    if (!call.offsets) {
+      const int64_t times = (samples + kAhead - 1) / kAhead;
+      return launch(row_kernel<Lookup>, {times, rows}, typical.vector_lanes(), lookup, to);
     }
-    launch(sum_kernel<Lookup>, work, typical.vector_lanes(), lookup, to);
+    launch(sum_kernel<Lookup>, {samples, rows}, typical.vector_lanes(), lookup, to);
   });
 }
 
@@ -156,8 +144,8 @@ std::optional<Tensor> argmax_of(const Launch& launch, const Call& call) {
   with_lookup(call, std::nullopt, std::nullopt, [&](auto lookup) {
     using Lookup = decltype(lookup);
     const Typical<typename Lookup::weight_t> typical(call);
-    launch(max_kernel<Lookup>, typical.parts * call.at.batch_size, typical.vector_lanes(), lookup, nullptr,
-           argmax.mutable_data_ptr<int64_t>());
+    launch(max_kernel<Lookup>, {call.at.batch_size, call.at.num_features * lookup.parts()}, typical.vector_lanes(),
+           lookup, nullptr, argmax.mutable_data_ptr<int64_t>());
   });
   return argmax;
 }

@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t part = 0; part < lookup.parts(); ++part) {
         const Table& table = lookup.at.table(bag.f, part);
         for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
-          real v[pack], g[pack];
-          lookup.vector(bag.f, part, id, d, v);
+          real v[1][pack], g[pack];
+          lookup.vectors(bag.f, part, {id}, {true}, d, v);
           load(lookup.grad + bag.b * lookup.columns + table.column + d, g);
-          for (int i = 0; i < pack; ++i) sum.add({v[i] * g[i] / divisor});
+          for (int i = 0; i < pack; ++i) sum.add({v[0][i] * g[i] / divisor});
         });
       }
       real total[1];
@@ -99,10 +99,10 @@ void atomic_backward(const Launch& launch, const Call& call, const Lookup& looku
   Tensor sums = kExact ? out : torch::stable::new_zeros(out, {numbers}, ScalarType::Float);
   auto* to = static_cast<real*>(sums.mutable_data_ptr());
   const Typical<typename Lookup::weight_t> typical(call);
-  launch(atomic_kernel<Lookup>, call.at.num_features * call.at.probes * call.at.batch_size, typical.vector_lanes(),
+  launch(atomic_kernel<Lookup>, {call.at.batch_size, call.at.num_features * call.at.probes}, typical.vector_lanes(),
          lookup, to);
   if constexpr (!kExact) {
-    launch(convert_kernel<real, weight_t>, numbers, 1, to, out.mutable_data_ptr<weight_t>(), numbers);
+    launch(convert_kernel<real, weight_t>, {numbers}, 1, to, out.mutable_data_ptr<weight_t>(), numbers);
   }
 }
 
@@ -111,7 +111,7 @@ template <typename Lookup, typename number_t>
 void write_slots(const Launch& launch, const Call& call, const Lookup& lookup, SortedTouches& sorted,
                  const int64_t* rows, int64_t* units, number_t* values) {
   with_passed_back(call, lookup, [&](auto passed_back) {
-    launch(slots_kernel<decltype(passed_back), number_t>, sorted.touches.count, Typical<number_t>(call).slot_lanes(),
+    launch(slots_kernel<decltype(passed_back), number_t>, {sorted.touches.count}, Typical<number_t>(call).slot_lanes(),
            sums_of_slots(launch, call, passed_back, sorted), rows, units, values);
   });
 }
@@ -180,8 +180,8 @@ Tensor bag_backward_sample_weights(const Tensor& grad, const Tensor& weights, co
   with_lookup(call, dense, std::nullopt, [&](auto lookup) {
     using Lookup = decltype(lookup);
     Tensor shifts = scratch(call, call.at.num_features);  // made to note features with one position
-    launch(shift_kernel<decltype(lookup.map)>, call.at.num_features, 1, lookup, shifts.mutable_data_ptr<int64_t>());
-    launch(sample_weights_kernel<Lookup>, call.at.num_features * call.at.batch_size, 1, lookup,
+    launch(shift_kernel<decltype(lookup.map)>, {call.at.num_features}, 1, lookup, shifts.mutable_data_ptr<int64_t>());
+    launch(sample_weights_kernel<Lookup>, {call.at.batch_size, call.at.num_features}, 1, lookup,
            out.mutable_data_ptr<typename Lookup::real>());
   });
   return in_dtype(out, grad.scalar_type());

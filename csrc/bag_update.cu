@@ -89,18 +89,17 @@ __device__ real over_lanes(const Group& group, Partial partial, Finish finish) {
 // How the squares of a unit's gradient are added up: not at all, of one pack for each lane, or of more.
 enum class Squares { kNone, kOnePack, kFolded };
 
-// Adds to a unit's state the mean of its gradient's squares; what its gradient is then multiplied by. partial(lane, v):
-// the squares of a lane.
-template <int kVector, typename weight_t, typename Partial>
-__device__ typename Accumulator<weight_t>::type row_rate(const Group& group, const Moved<weight_t>& to,
-                                                         const Step& step, int64_t at, Partial partial) {
-  using real = typename Accumulator<weight_t>::type;
+// Adds to a unit's state, which is `before`, the mean of its gradient's squares; what its gradient is then multiplied
+// by. partial(lane, v): the squares of a lane.
+template <int kVector, typename weight_t, typename real, typename Partial>
+__device__ real row_rate(const Group& group, const Moved<weight_t>& to, const Step& step, int64_t unit, real before,
+                         Partial partial) {
   return over_lanes<real, kVector>(group, partial, [&](real(&sum)[kVector]) {
     for (int half = kVector / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
     }
-    real& total = to.first[at / to.unit];
-    total += sum[0] / static_cast<real>(to.unit);
+    const real total = before + sum[0] / static_cast<real>(to.unit);
+    to.first[unit] = total;
     return 1 / (std::sqrt(total) + static_cast<real>(step.eps)) * static_cast<real>(step.lr);
   });
 }
@@ -114,15 +113,27 @@ int packs_of(const Moved<weight_t>& to) {
 
 // --- one step --------------------------------------------------------------------------------------------------------
 
-// The step of a pack of numbers. g: their gradient, with the weight decay's; rate: what SGD and row-wise Adagrad
-// multiply it by.
+// A pack of numbers as they are before the step. They are loaded before their gradient is summed: neither waits for the
+// other.
+template <typename weight_t, int kVector>
+struct Held {
+  using real = typename Accumulator<weight_t>::type;
+  real weights[kVector], first[kVector], second[kVector];
+
+  __device__ void load_from(const Moved<weight_t>& to, int64_t at) {
+    load(to.weights + at, weights);
+    if (to.rule == kAdagrad || to.rule == kAdam) load(to.first + at, first);
+    if (to.rule == kAdam) load(to.second + at, second);
+  }
+};
+
+// The step of a pack. g: its gradient, with the weight decay's; rate: what SGD and row-wise Adagrad multiply it by.
 template <typename weight_t, typename real, int kVector>
-__device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t at, real rate, real (&g)[kVector]) {
-  real w[kVector], first[kVector], second[kVector];
-  load(to.weights + at, w);
+__device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t at, real rate,
+                          Held<weight_t, kVector>& held, real (&g)[kVector]) {
+  real(&first)[kVector] = held.first, (&second)[kVector] = held.second;
   const real lr = static_cast<real>(step.lr), eps = static_cast<real>(step.eps);
   if (to.rule == kAdagrad) {
-    load(to.first + at, first);
     for (int i = 0; i < kVector; ++i) {
       first[i] += g[i] * g[i];
       g[i] = lr * g[i] / (std::sqrt(first[i]) + eps);
@@ -132,8 +143,6 @@ __device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t a
     const real keep1 = static_cast<real>(step.beta1), take1 = static_cast<real>(1 - step.beta1);
     const real keep2 = static_cast<real>(step.beta2), take2 = static_cast<real>(1 - step.beta2);
     const real correction = static_cast<real>(step.correction);
-    load(to.first + at, first);
-    load(to.second + at, second);
     for (int i = 0; i < kVector; ++i) {
       first[i] = first[i] * keep1 + g[i] * take1;
       second[i] = second[i] * keep2 + g[i] * g[i] * take2;
@@ -145,14 +154,18 @@ __device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t a
     scale(g, rate);
   }
   weight_t moved[kVector];
-  for (int i = 0; i < kVector; ++i) moved[i] = rounded<weight_t>(w[i] - g[i], static_cast<int64_t>(step.draw), at + i);
+  for (int i = 0; i < kVector; ++i) {
+    moved[i] = rounded<weight_t>(held.weights[i] - g[i], static_cast<int64_t>(step.draw), at + i);
+  }
   store(to.weights + at, moved);
 }
 
-// The step of the unit whose first number is `at`. sum(z, v): numbers z.. of its gradient's sum.
+// The step of a unit. sum(z, v): numbers z.. of its gradient's sum.
 template <Squares kSquares, typename weight_t, typename Sum>
-__device__ void move(const Group& group, const Moved<weight_t>& to, const Step& step, int64_t at, Sum sum) {
+__device__ void move(const Group& group, const Moved<weight_t>& to, const Step& step, int64_t unit, Sum sum) {
   using real = typename Accumulator<weight_t>::type;
+  const int64_t at = unit * to.unit;
+  const real before = kSquares == Squares::kNone ? real(0) : to.first[unit];
   const real weight_decay = static_cast<real>(step.weight_decay);
   const auto gradient = [&](int z, auto& g) {
     sum(z, g);
@@ -173,23 +186,27 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
       constexpr int kVector = decltype(pack)::value;
       const int z = group.lane * kVector;
       const bool has_pack = z < to.unit;
+      Held<weight_t, kVector> held;
       real g[kVector] = {};
-      if (has_pack) gradient(z, g);
-      const real rate = row_rate<kVector>(group, to, step, at, [&](int lane, real(&v)[kVector]) {
+      if (has_pack) {
+        held.load_from(to, at + z);
+        gradient(z, g);
+      }
+      const real rate = row_rate<kVector>(group, to, step, unit, before, [&](int lane, real(&v)[kVector]) {
         for (int i = 0; i < kVector; ++i) v[i] = g[i];
         const int other = lane * kVector;  // not z only on a host, where one thread plays all lanes
         if (other != z && other < to.unit) gradient(other, v);
         if (other != z && other >= to.unit) scale(v, real(0));
         multiply(v, v);
       });
-      if (has_pack) move_pack(to, step, at + z, rate, g);
+      if (has_pack) move_pack(to, step, at + z, rate, held, g);
     });
   } else {
     real rate = static_cast<real>(step.lr);
     if constexpr (kSquares == Squares::kFolded) {
       with_pack([&](auto pack) {
         constexpr int kVector = decltype(pack)::value;
-        rate = row_rate<kVector>(group, to, step, at, [&](int lane, real(&total)[kVector]) {
+        rate = row_rate<kVector>(group, to, step, unit, before, [&](int lane, real(&total)[kVector]) {
           const auto squares = [&](int p, real(&v)[kVector]) {
             gradient(p * kVector, v);
             multiply(v, v);
@@ -199,9 +216,11 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
       });
     }
     for_each_pack<weight_t>(group, to.unit, to.unit, [&](auto pack, int z) {
+      Held<weight_t, pack> held;
+      held.load_from(to, at + z);
       real g[pack];
       gradient(z, g);
-      move_pack(to, step, at + z, rate, g);
+      move_pack(to, step, at + z, rate, held, g);
     });
   }
 }
@@ -213,9 +232,10 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Sums sums, Moved<typen
   const Step& step = *to.step;
   for (int64_t first = group.index; first < touches.count; first += group.count) {
     if (!touches.begins_slot(first)) continue;
-    const int64_t width = sums.width(first), begin = touches.slot(first) * to.unit;
+    const int64_t width = sums.width(first), slot = touches.slot(first);
     for (int z = 0; z < width; z += to.unit) {
-      move<kSquares>(group, to, step, begin + z, [&](int d, auto& sum) { sums.sum(first, width, z + d, sum); });
+      move<kSquares>(group, to, step, slot + z / to.unit,
+                     [&](int d, auto& sum) { sums.sum(first, width, z + d, sum); });
     }
   }
 }
@@ -225,9 +245,9 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Sums sums, Moved<typen
 template <typename Sums>
 void update(const Launch& launch, int64_t count, int lanes, const Sums& sums,
             const Moved<typename Sums::weight_t>& to) {
-  if (to.rule != kRowWiseAdagrad) return launch(update_kernel<Squares::kNone, Sums>, count, lanes, sums, to);
-  if (packs_of(to) <= lanes) return launch(update_kernel<Squares::kOnePack, Sums>, count, lanes, sums, to);
-  launch(update_kernel<Squares::kFolded, Sums>, count, lanes, sums, to);
+  if (to.rule != kRowWiseAdagrad) return launch(update_kernel<Squares::kNone, Sums>, {count}, lanes, sums, to);
+  if (packs_of(to) <= lanes) return launch(update_kernel<Squares::kOnePack, Sums>, {count}, lanes, sums, to);
+  launch(update_kernel<Squares::kFolded, Sums>, {count}, lanes, sums, to);
 }
 
 void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first, std::optional<Tensor> second,
@@ -270,7 +290,7 @@ void bag_update(const Tensor& grad, Tensor weights, std::optional<Tensor> first,
         const int64_t reads = call.at.probes * longest * (call.offsets ? call.at.num_ids : call.at.batch_size);
         sum_t* values = sorted.allocate<sum_t>(call, std::min(call.num_units * call.unit, reads));
         int64_t* units = nullptr;
-        launch(slots_kernel<PassedBack, sum_t>, count, lanes, sums, rows, units, values);
+        launch(slots_kernel<PassedBack, sum_t>, {count}, lanes, sums, rows, units, values);
         update(launch, count, lanes, KeptSums<number_t>{sorted.touches, rows, values, call.unit}, to);
       }
     });

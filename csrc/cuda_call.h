@@ -22,6 +22,11 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));
 }
 
+// What a kernel is for: groups of threads, for each row of its grid, so that no thread divides to find its row.
+struct Work {
+  int64_t groups, rows = 1;
+};
+
 // The device and stream of one call.
 class Launch {
  public:
@@ -32,22 +37,22 @@ class Launch {
   }
   cudaStream_t stream() const { return stream_; }
 
-  // Runs kernel(arguments..., lanes) over `work` groups of `lanes` threads, if there is any.
+  // Runs kernel(arguments..., lanes) over the work, if there is any, in groups of `lanes` threads.
   template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t work, int lanes, Arguments... arguments) const {
-    if (work == 0) return;
-    const int64_t needed = (work * lanes + kThreads - 1) / kThreads;
-    const auto blocks = static_cast<unsigned>(std::min(needed, kMaxBlocks));
+  void operator()(void (*kernel)(Parameters...), Work work, int lanes, Arguments... arguments) const {
+    if (work.groups == 0 || work.rows == 0) return;
+    const int64_t blocks = std::min((work.groups * lanes + kThreads - 1) / kThreads, kMaxBlocks);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(work.rows, kMaxRows)));
 #ifdef __CUDACC__
-    kernel<<<blocks, kThreads, 0, stream_>>>(arguments..., lanes);
+    kernel<<<grid, kThreads, 0, stream_>>>(arguments..., lanes);
 #else
-    launch_on_host(blocks, kThreads, [&] { kernel(arguments..., lanes); });
+    launch_on_host(grid, kThreads, [&] { kernel(arguments..., lanes); });
 #endif
     check(cudaGetLastError());
   }
 
  private:
-  static constexpr int64_t kMaxBlocks = 1 << 20;  // kernels stride over the rest
+  static constexpr int64_t kMaxBlocks = 1 << 20, kMaxRows = 65535;  // kernels stride over the rest
   DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

@@ -19,15 +19,16 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(threads)
 
-struct Place {
-  unsigned x;
+struct dim3 {
+  unsigned x = 1, y = 1;
 };
 #ifdef EMBEDDINGS_THREADS
 #include "cuda_on_threads.h"
 #else
-inline Place blockIdx, threadIdx, gridDim, blockDim;
+inline dim3 blockIdx, threadIdx, gridDim, blockDim;
 
 // A group's results of `over_lanes`, by its number and that of the call.
 inline std::map<std::pair<int64_t, int64_t>, double> group_results;
@@ -35,10 +36,11 @@ inline int64_t group_calls;  // of this thread
 
 // Few blocks, so that kernels stride over their work; last thread first, so that no result hangs on the order.
 template <typename Kernel>
-void launch_on_host(unsigned blocks, unsigned threads, Kernel kernel) {
-  gridDim = {std::min(blocks, 3u)}, blockDim = {threads};
+void launch_on_host(dim3 grid, unsigned threads, Kernel kernel) {
+  gridDim = {std::min(grid.x, 3u), std::min(grid.y, 2u)}, blockDim = {threads};
   group_results.clear();
-  for (blockIdx = {gridDim.x}; blockIdx.x-- > 0;) {
+  for (unsigned block = gridDim.x * gridDim.y; block-- > 0;) {
+    blockIdx = {block % gridDim.x, block / gridDim.x};
     for (threadIdx = {threads}; threadIdx.x-- > 0;) {
       group_calls = 0;
       kernel();
@@ -145,6 +147,9 @@ inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream)
 // --- between threads -------------------------------------------------------------------------------------------------
 
 inline void __threadfence_system() {}
+inline int __ffs(int v) {
+  return __builtin_ffs(v);
+}
 
 namespace cooperative_groups {
 struct Alone {

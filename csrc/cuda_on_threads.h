@@ -13,8 +13,8 @@
 #define EMBEDDINGS_THREADS_OF_BLOCK 32
 #define EMBEDDINGS_NARROW_UNITS 0  // so that slots of 64 bits are tested, too
 
-inline thread_local Place blockIdx, threadIdx;
-inline Place gridDim, blockDim;
+inline thread_local dim3 blockIdx, threadIdx;
+inline dim3 gridDim, blockDim;
 
 // Threads that wait for each other, and what each has brought.
 struct Meeting {
@@ -27,7 +27,7 @@ class Meetings {
  public:
   Meeting& of(unsigned group, unsigned mask, ptrdiff_t count) {
     std::lock_guard<std::mutex> guard(lock_);
-    auto& meeting = meetings_[{blockIdx.x, group, mask}];
+    auto& meeting = meetings_[{blockIdx.y * gridDim.x + blockIdx.x, group, mask}];
     if (!meeting) meeting = std::make_unique<Meeting>(count);
     return *meeting;
   }
@@ -40,13 +40,13 @@ class Meetings {
 inline Meetings meetings;
 
 template <typename Kernel>
-void launch_on_host(unsigned blocks, unsigned threads, Kernel kernel) {
-  gridDim = {std::min(blocks, 2u)}, blockDim = {threads};
+void launch_on_host(dim3 grid, unsigned threads, Kernel kernel) {
+  gridDim = {std::min(grid.x, 2u), std::min(grid.y, 2u)}, blockDim = {threads};
   std::vector<std::thread> running;
-  for (unsigned block = 0; block < gridDim.x; ++block) {
+  for (unsigned block = 0; block < gridDim.x * gridDim.y; ++block) {
     for (unsigned thread = 0; thread < threads; ++thread) {
       running.emplace_back([=] {
-        blockIdx = {block}, threadIdx = {thread};
+        blockIdx = {block % gridDim.x, block / gridDim.x}, threadIdx = {thread};
         kernel();
       });
     }
@@ -97,7 +97,7 @@ void launch_blocks_on_host(unsigned blocks, unsigned threads, size_t shared_byte
   for (unsigned block = 0; block < std::min(blocks, 2u); ++block) {
     shared_by_block.push_back(std::make_unique<char[]>(shared_bytes));
   }
-  launch_on_host(blocks, threads, kernel);
+  launch_on_host({blocks}, threads, kernel);
   shared_by_block.clear();
 }
 inline void* shared_memory() {

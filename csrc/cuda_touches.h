@@ -40,6 +40,7 @@ struct Touches {
   }
 
   // The rest is for touches that are sorted by slot.
+  __device__ bool continues(int64_t i, int64_t unit) const { return i < count && slot(i) == unit; }
   __device__ bool begins_slot(int64_t i) const { return slot(i) != kNoSlot && (i == 0 || slot(i - 1) != slot(i)); }
   // The touch in [q * kRun, + kRun) that begins a run, but not its slot's first one; -1 if none does. There is at most
   // one: it is of the slot at q * kRun, as a slot that begins later has its second run beyond.
@@ -57,7 +58,7 @@ struct Touches {
       }
     }
     const int64_t i = first + (block - first + kRun - 1) / kRun * kRun;
-    return i < count && slot(i) == unit ? i : -1;
+    return continues(i, unit) ? i : -1;
   }
 };
 
@@ -134,18 +135,21 @@ __global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touch
 
 // --- the sum of a run ------------------------------------------------------------------------------------------------
 
-// Numbers z.. of the run that begins at touch `first`: up to kRun contributions to one slot, left to right.
+// Numbers z.. of the run that begins at touch `first`: up to kRun contributions to one slot, left to right. Returns
+// false if that is all of its slot.
 template <typename Lookup, int kVector, typename real>
-__device__ void sum_run(const Lookup& lookup, const Touches& touches, int64_t first, int width, int z,
+__device__ bool sum_run(const Lookup& lookup, const Touches& touches, int64_t first, int width, int z,
                         real (&sum)[kVector]) {
   const int64_t slot = touches.slot(first);
-  for (int64_t j = first; j < touches.count && j < first + kRun && touches.slot(j) == slot; ++j) {
+  int64_t j = first;
+  for (; j < first + kRun && touches.continues(j, slot); ++j) {
     const Touch touch = touch_at(lookup, touches, j);
     real v[kVector];
     lookup.contribution(touch.bag, touch.n, touch.k, touch.chunk * width + z, v);
     negate_if(touch.negative, v);
     for (int i = 0; i < kVector; ++i) sum[i] = j == first ? v[i] : sum[i] + v[i];
   }
+  return touches.continues(j, slot);
 }
 
 // sum += v / divisor, a number by which most are not divided: 1.
@@ -162,7 +166,6 @@ __device__ void add_quotient(real (&sum)[kVector], const real (&v)[kVector], rea
 // the last. A few are on their way at a time, so that a hot slot waits for memory once for them all.
 template <typename real, int kVector, typename Load>
 __device__ void add_ahead(real (&sum)[kVector], Load load) {
-  constexpr int kAhead = 4;
   bool goes_on = true;
   for (int64_t i = 0; goes_on; i += kAhead) {
     real v[kAhead][kVector], divisors[kAhead];
@@ -210,19 +213,19 @@ struct Shares {
 };
 
 template <typename number_t, int kVector, typename real>
-__device__ void sum_run(const Shares<number_t>& shares, const Touches& touches, int64_t first, int width, int z,
+__device__ bool sum_run(const Shares<number_t>& shares, const Touches& touches, int64_t first, int width, int z,
                         real (&sum)[kVector]) {
   const int64_t slot = touches.slot(first);
   const real divisor = shares.load_touch(touches, first, width, z, sum);
   if (divisor != 1) {
     for (int i = 0; i < kVector; ++i) sum[i] /= divisor;
   }
-  const auto is_next = [&](int64_t j) { return j < touches.count && j < first + kRun && touches.slot(j) == slot; };
-  if (!is_next(first + 1)) return;  // most slots of a large table
+  if (!touches.continues(first + 1, slot)) return false;  // most slots of a large table
   add_ahead(sum, [&](int64_t i, real(&v)[kVector]) {
     const int64_t j = first + 1 + i;
-    return is_next(j) ? shares.load_touch(touches, j, width, z, v) : real(0);
+    return j < first + kRun && touches.continues(j, slot) ? shares.load_touch(touches, j, width, z, v) : real(0);
   });
+  return touches.continues(first + kRun, slot);
 }
 
 // rows[i] = units of the slot that begins at touch i, 0 if none does.
@@ -269,18 +272,18 @@ struct SlotSums {
   // Numbers z.. of its sum.
   template <int kVector>
   __device__ void sum(int64_t first, int64_t width, int z, real (&sum)[kVector]) const {
-    const int64_t slot = touches.slot(first);
-    const auto is_run = [&](int64_t i) { return i < touches.count && touches.slot(i) == slot; };
-    for (int64_t i = first; is_run(i); i += kRun) {
+    bool goes_on = true;
+    for (int64_t i = first; goes_on; i += kRun) {
       real run[kVector];
-      sum_run(lookup, touches, i, static_cast<int>(width), z, run);
+      goes_on = sum_run(lookup, touches, i, static_cast<int>(width), z, run);
       for (int j = 0; j < kVector; ++j) sum[j] = i == first ? run[j] : sum[j] + run[j];
       if (z < reach) break;
     }
-    if (z >= reach) return;
+    if (!goes_on) return;
+    const int64_t slot = touches.slot(first);
     add_ahead(sum, [&](int64_t r, real(&run)[kVector]) {
       const int64_t i = first + (r + 1) * kRun;
-      if (!is_run(i)) return real(0);
+      if (!touches.continues(i, slot)) return real(0);
       load(partial + i / kRun * reach + z, run);
       return real(1);
     });
@@ -337,7 +340,7 @@ SortedTouches sort_touches(const Launch& launch, const Call& call, const Batch<M
   if (call.offsets) {
     touches.bags = sorted.allocate<uint32_t>(call, touches.num_occurrences);
     touches.shifts = sorted.allocate(call, call.at.num_features);
-    launch(shift_kernel<Map>, call.at.num_features, 1, batch, touches.shifts);
+    launch(shift_kernel<Map>, {call.at.num_features}, 1, batch, touches.shifts);
   }
   touches.is_wide = call.num_units > kNarrowUnits;
   const auto write_and_sort = [&](auto key) {
@@ -348,7 +351,8 @@ SortedTouches sort_touches(const Launch& launch, const Call& call, const Batch<M
     touches.slots = slots.Current(), touches.order = order.Current();
     check(cudaMemsetAsync(touches.slots, 0xff, count * sizeof(key_t), launch.stream()));  // kNoSlot
     check(cudaMemsetAsync(touches.order, 0, count * sizeof(uint32_t), launch.stream()));
-    launch(touch_kernel<Map>, num_bags * call.at.probes, lanes_for(call.chunks), batch, touches);
+    launch(touch_kernel<Map>, {call.at.batch_size, call.at.num_features * call.at.probes}, lanes_for(call.chunks),
+           batch, touches);
 
     const int bits = std::bit_width(static_cast<uint64_t>(call.num_units) | 1);  // all set in kNoSlot, so it is last
     with_scratch(call, [&](void* memory, size_t& size) {
@@ -372,7 +376,7 @@ SlotSums<Lookup> sums_of_slots(const Launch& launch, const Call& call, const Loo
   const int64_t reach = (std::min(std::max<int64_t>(typical.dim, 128), widest) + 31) / 32 * 32;
   const int64_t num_blocks = (touches.count + kRun - 1) / kRun;
   real* partial = sorted.allocate<real>(call, num_blocks * reach);
-  launch(later_runs_kernel<Lookup>, num_blocks, typical.slot_lanes(), lookup, touches, partial, reach);
+  launch(later_runs_kernel<Lookup>, {num_blocks}, typical.slot_lanes(), lookup, touches, partial, reach);
   return {lookup, touches, partial, reach};
 }
 
@@ -392,7 +396,7 @@ int64_t* number_rows(const Launch& launch, const Call& call, const Lookup& looku
   using Widths = Shares<typename Lookup::weight_t>;
   const int64_t count = sorted.touches.count;
   auto* rows = sorted.allocate(call, count);
-  launch(rows_kernel<Widths>, count, 1, Widths(lookup), sorted.touches, rows);
+  launch(rows_kernel<Widths>, {count}, 1, Widths(lookup), sorted.touches, rows);
   with_scratch(call, [&](void* memory, size_t& bytes) {
     return cub::DeviceScan::InclusiveSum(memory, bytes, rows, rows, count, launch.stream());
   });

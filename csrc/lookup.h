@@ -66,7 +66,9 @@ struct Group {
 
 __device__ inline Group group_of(int lanes) {
   const int64_t thread = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  return {thread / lanes, gridDim.x * int64_t(blockDim.x) / lanes, static_cast<int>(threadIdx.x) % lanes, lanes};
+  const int shift = __ffs(lanes) - 1;
+  return {thread >> shift, gridDim.x * int64_t(blockDim.x) >> shift, static_cast<int>(threadIdx.x) & (lanes - 1),
+          lanes};
 }
 
 template <typename number_t, int kVector>
@@ -183,6 +185,8 @@ struct OrderedSum {
   }
 };
 
+constexpr int kAhead = 4;  // ids whose rows a thread has on their way together
+
 // --- one call --------------------------------------------------------------------------------------------------------
 
 // Sample b of the slab's feature f: the ids at positions [begin, end), none if the bag is bad.
@@ -231,13 +235,22 @@ struct Batch {
     return {f, b, begin, end};
   }
 
+  // Calls function(f, part) for this thread's share of `parts` of every feature, which are the grid's rows.
+  template <typename Function>
+  __device__ void for_each_part(int64_t parts, Function function) const {
+    const auto divisor = static_cast<uint32_t>(parts);
+    for (int64_t row = blockIdx.y; row < at.num_features * parts; row += gridDim.y) {
+      const uint32_t f = static_cast<uint32_t>(row) / divisor;
+      function(static_cast<int64_t>(f), row - f * parts);
+    }
+  }
+
   // Calls function(bag, part) for the group's share of `parts` of every bag.
   template <typename Function>
   __device__ void for_each_bag(const Group& group, int64_t parts, Function function) const {
-    for (int64_t i = group.index; i < at.num_features * parts * at.batch_size; i += group.count) {
-      const int64_t row = i / at.batch_size, b = i % at.batch_size;
-      function(bag(row / parts, b), row % parts);
-    }
+    for_each_part(parts, [&](int64_t f, int64_t part) {
+      for (int64_t b = group.index; b < at.batch_size; b += group.count) function(bag(f, b), part);
+    });
   }
 
   // Whether an id at position n has weights; notes one that has not.
@@ -276,7 +289,7 @@ struct Lookup : Batch<Map> {
   const real* __restrict__ grad;            // [B, columns] of a backward
   const int64_t* __restrict__ argmax;       // [B, columns] of a backward of max, else nullptr
 
-  __device__ int64_t parts() const { return kCombines ? 1 : at.probes; }
+  __host__ __device__ int64_t parts() const { return kCombines ? 1 : at.probes; }
   __device__ bool is_importance(int64_t k) const { return combine == kWeighted && k == at.probes - 1; }
 
   __device__ Slot slot(const Table& table, int64_t id, int chunk) const {
@@ -300,17 +313,65 @@ struct Lookup : Batch<Map> {
     return from.negative ? -p : p;
   }
 
-  // Numbers d.. of a part for one id.
-  template <int kVector>
-  __device__ void vector(int64_t f, int64_t part, int64_t id, int d, real (&v)[kVector]) const {
-    read(at.table(f, part), id, d, v);
+  // The same of several ids, 0 of one that is not `wanted`.
+  template <int kVector, int kIds>
+  __device__ void read_all(const Table& table, const int64_t (&ids)[kIds], const bool (&wanted)[kIds], int d,
+                           real (&to)[kIds][kVector]) const {
+    const int width = static_cast<int>(table.width), chunk = d / width;
+    const weight_t* numbers[kIds];
+    bool negative[kIds];
+    UNROLL for (int i = 0; i < kIds; ++i) {
+      const Slot from = wanted[i] ? slot(table, ids[i], chunk) : Slot{slab, false};
+      negative[i] = from.negative;
+      numbers[i] = wanted[i] ? from.numbers + (d - chunk * width) : nullptr;
+    }
+    load_all(numbers, to);
+    UNROLL for (int i = 0; i < kIds; ++i) negate_if(negative[i], to[i]);
+  }
+
+  // Numbers d.. of a part for each id that is wanted: of every probe no row waits for another.
+  template <int kVector, int kIds>
+  __device__ void vectors(int64_t f, int64_t part, const int64_t (&ids)[kIds], const bool (&wanted)[kIds], int d,
+                          real (&v)[kIds][kVector]) const {
+    read_all(at.table(f, part), ids, wanted, d, v);
     if constexpr (kCombines) {
-      if (combine == kWeighted) scale(v, importance(f, id, 0));
+      weigh(f, ids, wanted, 0, v);
       for (int64_t k = 1; k < at.probes && !is_importance(k); ++k) {
-        real r[kVector];
-        read(at.table(f, k), id, d, r);
-        if (combine == kWeighted) scale(r, importance(f, id, k));
-        for (int i = 0; i < kVector; ++i) v[i] = combine == kMultiply ? v[i] * r[i] : v[i] + r[i];
+        real r[kIds][kVector];
+        read_all(at.table(f, k), ids, wanted, d, r);
+        weigh(f, ids, wanted, k, r);
+        UNROLL for (int i = 0; i < kIds; ++i) {
+          for (int j = 0; j < kVector; ++j) v[i][j] = combine == kMultiply ? v[i][j] * r[i][j] : v[i][j] + r[i][j];
+        }
+      }
+    }
+  }
+
+  // Probe k's vectors times their importance, under combine=weighted.
+  template <int kVector, int kIds>
+  __device__ void weigh(int64_t f, const int64_t (&ids)[kIds], const bool (&wanted)[kIds], int64_t k,
+                        real (&v)[kIds][kVector]) const {
+    if (combine != kWeighted) return;
+    UNROLL for (int i = 0; i < kIds; ++i) {
+      if (wanted[i]) scale(v[i], importance(f, ids[i], k));
+    }
+  }
+
+  // Calls function(n, v) for every id of the bag that has weights, in order. v: numbers d.. of its part.
+  template <int kVector, typename Function>
+  __device__ void for_each_vector(const Bag& bag, int64_t part, int d, Function function) const {
+    for (int64_t n = bag.begin; n < bag.end; n += kAhead) {
+      int64_t ids[kAhead] = {};
+      bool wanted[kAhead];
+      UNROLL for (int i = 0; i < kAhead; ++i) {
+        wanted[i] = n + i < bag.end;
+        if (wanted[i]) ids[i] = at.id(n + i);
+      }
+      UNROLL for (int i = 0; i < kAhead; ++i) wanted[i] = wanted[i] && this->has_weights(bag.f, n + i, ids[i]);
+      real v[kAhead][kVector];
+      vectors(bag.f, part, ids, wanted, d, v);
+      UNROLL for (int i = 0; i < kAhead; ++i) {
+        if (wanted[i]) function(n + i, v[i]);
       }
     }
   }
