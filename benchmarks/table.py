@@ -135,9 +135,31 @@ def roof(rows: Rows) -> str:
     return markdown_table([{name: line.get(name, "-") for name in columns} for line in lines.values()])
 
 
+def registers(rows: Rows) -> str:
+    """Of the kernels of one name the most registers, the threads of an SM that leaves, and bytes spilled."""
+    most: dict[tuple[str, str], dict] = {}
+    for row in rows:
+        line = most.setdefault((row["kernel"].removesuffix("_kernel"), row["of"]), {})
+        if row["registers"] >= line.get(row["type"], row)["registers"]:
+            line[row["type"]] = row
+    kinds = ("fp32", "bf16")
+    return markdown_table(
+        [
+            {"kernel": kernel, "of": of}
+            | {
+                kind: "{registers} ({threads}), {spilled_bytes}".format(**line[kind]) if kind in line else "-"
+                for kind in kinds
+            }
+            for (kernel, of), line in most.items()
+            if line.keys() & kinds
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "bandwidth": bandwidth,
     "roof": roof,
+    "registers": registers,
     "lookup": lookup,
     "lookup_wide": lookup,
     "step": step,

@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bandwidth, grids, growth, lookup, measure, peers, roof, shapes, step, step_worker, table
+from benchmarks import (
+    bandwidth,
+    grids,
+    growth,
+    lookup,
+    measure,
+    peers,
+    registers,
+    roof,
+    shapes,
+    step,
+    step_worker,
+    table,
+)
 from data.synthetic import zipf_ids
 
 MODULES = sorted(path.stem for path in measure.RESULTS.parent.glob("*.py"))
@@ -113,6 +126,24 @@ def test_a_share_is_of_the_fastest_roof_of_its_kind():
     assert [row["of_copy"] for row in (copy, fast, forward, fused)] == [1, 0.5, 0.25, 0.125]
     assert [row.get("of_rows") for row in (copy, slow, fast, forward, fused)] == [None, 0.5, 1, 0.5, None]
     assert [row["predicted_us"] for row in (forward, fused)] == [25, 100]  # 100 bytes at 4 MB/s; 50 launches
+
+
+@once
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+def test_registers_are_those_that_ptxas_counts():
+    update = "_ZN10embeddings4cuda13update_kernelILNS0_7SquaresE1ENS0_8KeptSumsIN3c108BFloat16EEEEEvT0_i"
+    touch = "_ZN10embeddings4cuda12touch_kernelINS_7HashMapEEEvNS0_5BatchIT_EENS0_7TouchesEi"
+    said = "".join(
+        f"ptxas info    : Compiling entry function '{name}' for 'sm_90'\nptxas info    : Function properties for {name}\n"
+        f"    344 bytes stack frame, {spilled} bytes spill stores, 7 bytes spill loads\n"
+        f"ptxas info    : Used {used} registers, used 0 barriers\n"
+        for name, used, spilled in ((update, 255, 528), ("_ZN3cub11EmptyKernelIvEEvv", 4, 0), (touch, 60, 0))
+    )
+    rows = [tuple(row.values()) for row in registers.kernels(said)]
+    assert rows == [
+        ("update_kernel", "row-wise Adagrad, kept sums", "bf16", 255, 256, 528),
+        ("touch_kernel", "hash", "any", 60, 1024, 0),
+    ]
 
 
 @once
