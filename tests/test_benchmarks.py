@@ -134,7 +134,8 @@ def test_registers_are_those_that_ptxas_counts():
     update = "_ZN10embeddings4cuda13update_kernelILNS0_7SquaresE1ENS0_8KeptSumsIN3c108BFloat16EEEEEvT0_i"
     touch = "_ZN10embeddings4cuda12touch_kernelINS_7HashMapEEEvNS0_5BatchIT_EENS0_7TouchesEi"
     said = "".join(
-        f"ptxas info    : Compiling entry function '{name}' for 'sm_90'\nptxas info    : Function properties for {name}\n"
+        f"ptxas info    : Compiling entry function '{name}' for 'sm_90'\n"
+        f"ptxas info    : Function properties for {name}\n"
         f"    344 bytes stack frame, {spilled} bytes spill stores, 7 bytes spill loads\n"
         f"ptxas info    : Used {used} registers, used 0 barriers\n"
         for name, used, spilled in ((update, 255, 528), ("_ZN3cub11EmptyKernelIvEEvv", 4, 0), (touch, 60, 0))
