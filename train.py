@@ -8,6 +8,7 @@ import errno
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -459,7 +460,11 @@ def backends_of(config: dict, feature_names: list[str]) -> Backends:
 def backend(key: str, node: dict) -> Backend:
     """The backend of a config node; its hyperparameters are checked, unknown ones refused by name."""
     with refusals(f"{key}: "):
-        return build(key, node)()
+        make = build(key, node)
+        for name, parameter in inspect.signature(make).parameters.items():
+            if parameter.default is parameter.empty:
+                raise ConfigError(f"{key}.{name} is not set, and has no default: {key}.{name}=...")
+        return make()
 
 
 def optimizers(node: dict, device: str) -> list:

@@ -31,14 +31,15 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// The same for bags of one id, of which nothing is added: those of kAhead samples at a time.
+// The same for bags of one id, which are not summed: those of kAhead samples at a time.
 template <typename Lookup>
 __global__ void __launch_bounds__(kThreads)
     row_kernel(Lookup lookup, typename Lookup::real* __restrict__ out, int lanes) {
+  constexpr int kAhead = Lookup::kAhead;
   const Group group = group_of(lanes);
   const Ids& at = lookup.at;
   lookup.for_each_part(lookup.parts(), [&](int64_t f, int64_t part) {
-    const Table table = at.table(f, part);  // its own: a store to out could be one to it
+    const Table table = at.table(f, part);  // a copy: a store to out could be one to it
     const bool has_bags = lookup.has_bags(f);
     if (!has_bags) lookup.note(kNoBags, f, 0, table.position);
     const int64_t begin = has_bags ? table.position * at.batch_size : 0;
@@ -101,7 +102,7 @@ void forward(const Launch& launch, const Call& call, Tensor& out) {
       return launch(max_kernel<Lookup>, {samples, rows}, typical.vector_lanes(), lookup, to, nullptr);
     }
     if (!call.offsets) {
-      const int64_t times = (samples + kAhead - 1) / kAhead;
+      const int64_t times = (samples + Lookup::kAhead - 1) / Lookup::kAhead;
       return launch(row_kernel<Lookup>, {times, rows}, typical.vector_lanes(), lookup, to);
     }
     launch(sum_kernel<Lookup>, {samples, rows}, typical.vector_lanes(), lookup, to);

@@ -118,28 +118,29 @@ int packs_of(const Moved<weight_t>& to) {
 template <typename weight_t, int kVector>
 struct Held {
   using real = typename Accumulator<weight_t>::type;
-  real weights[kVector], first[kVector], second[kVector];
+  weight_t weights[kVector];  // as they are: to convert them is to wait for them
+  real first[kVector], second[kVector];
 
-  __device__ void load_from(const Moved<weight_t>& to, int64_t at) {
+  __device__ void load_from(const Moved<weight_t>& to, int64_t rule, int64_t at) {
     load(to.weights + at, weights);
-    if (to.rule == kAdagrad || to.rule == kAdam) load(to.first + at, first);
-    if (to.rule == kAdam) load(to.second + at, second);
+    if (rule == kAdagrad || rule == kAdam) load(to.first + at, first);
+    if (rule == kAdam) load(to.second + at, second);
   }
 };
 
 // The step of a pack. g: its gradient, with the weight decay's; rate: what SGD and row-wise Adagrad multiply it by.
 template <typename weight_t, typename real, int kVector>
-__device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t at, real rate,
+__device__ void move_pack(const Moved<weight_t>& to, int64_t rule, const Step& step, int64_t at, real rate,
                           Held<weight_t, kVector>& held, real (&g)[kVector]) {
   real(&first)[kVector] = held.first, (&second)[kVector] = held.second;
   const real lr = static_cast<real>(step.lr), eps = static_cast<real>(step.eps);
-  if (to.rule == kAdagrad) {
+  if (rule == kAdagrad) {
     for (int i = 0; i < kVector; ++i) {
       first[i] += g[i] * g[i];
       g[i] = lr * g[i] / (std::sqrt(first[i]) + eps);
     }
     store(to.first + at, first);
-  } else if (to.rule == kAdam) {
+  } else if (rule == kAdam) {
     const real keep1 = static_cast<real>(step.beta1), take1 = static_cast<real>(1 - step.beta1);
     const real keep2 = static_cast<real>(step.beta2), take2 = static_cast<real>(1 - step.beta2);
     const real correction = static_cast<real>(step.correction);
@@ -155,7 +156,7 @@ __device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t a
   }
   weight_t moved[kVector];
   for (int i = 0; i < kVector; ++i) {
-    moved[i] = rounded<weight_t>(held.weights[i] - g[i], static_cast<int64_t>(step.draw), at + i);
+    moved[i] = rounded<weight_t>(static_cast<real>(held.weights[i]) - g[i], static_cast<int64_t>(step.draw), at + i);
   }
   store(to.weights + at, moved);
 }
@@ -164,7 +165,7 @@ __device__ void move_pack(const Moved<weight_t>& to, const Step& step, int64_t a
 template <Squares kSquares, typename weight_t, typename Sum>
 __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& step, int64_t unit, Sum sum) {
   using real = typename Accumulator<weight_t>::type;
-  const int64_t at = unit * to.unit;
+  const int64_t at = unit * to.unit, rule = kSquares == Squares::kNone ? to.rule : kRowWiseAdagrad;
   const real before = kSquares == Squares::kNone ? real(0) : to.first[unit];
   const real weight_decay = static_cast<real>(step.weight_decay);
   const auto gradient = [&](int z, auto& g) {
@@ -189,7 +190,7 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
       Held<weight_t, kVector> held;
       real g[kVector] = {};
       if (has_pack) {
-        held.load_from(to, at + z);
+        held.load_from(to, rule, at + z);
         gradient(z, g);
       }
       const real rate = row_rate<kVector>(group, to, step, unit, before, [&](int lane, real(&v)[kVector]) {
@@ -199,7 +200,7 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
         if (other != z && other >= to.unit) scale(v, real(0));
         multiply(v, v);
       });
-      if (has_pack) move_pack(to, step, at + z, rate, held, g);
+      if (has_pack) move_pack(to, rule, step, at + z, rate, held, g);
     });
   } else {
     real rate = static_cast<real>(step.lr);
@@ -217,10 +218,10 @@ __device__ void move(const Group& group, const Moved<weight_t>& to, const Step& 
     }
     for_each_pack<weight_t>(group, to.unit, to.unit, [&](auto pack, int z) {
       Held<weight_t, pack> held;
-      held.load_from(to, at + z);
+      held.load_from(to, rule, at + z);
       real g[pack];
       gradient(z, g);
-      move_pack(to, step, at + z, rate, held, g);
+      move_pack(to, rule, step, at + z, rate, held, g);
     });
   }
 }

@@ -23,7 +23,7 @@
 #define __launch_bounds__(threads)
 
 struct dim3 {
-  unsigned x = 1, y = 1;
+  unsigned x, y;
 };
 #ifdef EMBEDDINGS_THREADS
 #include "cuda_on_threads.h"
@@ -37,11 +37,11 @@ inline int64_t group_calls;  // of this thread
 // Few blocks, so that kernels stride over their work; last thread first, so that no result hangs on the order.
 template <typename Kernel>
 void launch_on_host(dim3 grid, unsigned threads, Kernel kernel) {
-  gridDim = {std::min(grid.x, 3u), std::min(grid.y, 2u)}, blockDim = {threads};
+  gridDim = {std::min(grid.x, 3u), std::min(grid.y, 2u)}, blockDim = {threads, 1};
   group_results.clear();
   for (unsigned block = gridDim.x * gridDim.y; block-- > 0;) {
     blockIdx = {block % gridDim.x, block / gridDim.x};
-    for (threadIdx = {threads}; threadIdx.x-- > 0;) {
+    for (threadIdx = {threads, 0}; threadIdx.x-- > 0;) {
       group_calls = 0;
       kernel();
     }
@@ -73,8 +73,8 @@ real over_lanes(const Group& group, Partial partial, Finish finish) {
 inline void* shared_on_host;
 template <typename Kernel>
 void launch_blocks_on_host(unsigned blocks, unsigned threads, size_t shared_bytes, Kernel kernel) {
-  gridDim = {std::min(blocks, 3u)}, blockDim = {threads};
-  for (blockIdx = {gridDim.x}; blockIdx.x-- > 0;) {
+  gridDim = {std::min(blocks, 3u), 1}, blockDim = {threads, 1};
+  for (blockIdx = {gridDim.x, 0}; blockIdx.x-- > 0;) {
     shared_on_host = std::malloc(shared_bytes);
     kernel();
     std::free(shared_on_host);

@@ -41,12 +41,12 @@ inline Meetings meetings;
 
 template <typename Kernel>
 void launch_on_host(dim3 grid, unsigned threads, Kernel kernel) {
-  gridDim = {std::min(grid.x, 2u), std::min(grid.y, 2u)}, blockDim = {threads};
+  gridDim = {std::min(grid.x, 2u), std::min(grid.y, 2u)}, blockDim = {threads, 1};
   std::vector<std::thread> running;
   for (unsigned block = 0; block < gridDim.x * gridDim.y; ++block) {
     for (unsigned thread = 0; thread < threads; ++thread) {
       running.emplace_back([=] {
-        blockIdx = {block % gridDim.x, block / gridDim.x}, threadIdx = {thread};
+        blockIdx = {block % gridDim.x, block / gridDim.x}, threadIdx = {thread, 0};
         kernel();
       });
     }
@@ -97,7 +97,7 @@ void launch_blocks_on_host(unsigned blocks, unsigned threads, size_t shared_byte
   for (unsigned block = 0; block < std::min(blocks, 2u); ++block) {
     shared_by_block.push_back(std::make_unique<char[]>(shared_bytes));
   }
-  launch_on_host({blocks}, threads, kernel);
+  launch_on_host({blocks, 1}, threads, kernel);
   shared_by_block.clear();
 }
 inline void* shared_memory() {

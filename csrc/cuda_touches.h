@@ -166,6 +166,7 @@ __device__ void add_quotient(real (&sum)[kVector], const real (&v)[kVector], rea
 // the last. A few are on their way at a time, so that a hot slot waits for memory once for them all.
 template <typename real, int kVector, typename Load>
 __device__ void add_ahead(real (&sum)[kVector], Load load) {
+  constexpr int kAhead = 4;
   bool goes_on = true;
   for (int64_t i = 0; goes_on; i += kAhead) {
     real v[kAhead][kVector], divisors[kAhead];

@@ -117,6 +117,14 @@ __device__ void store(number_t* to, const real (&from)[kVector]) {
   if (Pack<number_t, kVector>::fits(to)) {
     Pack<number_t, kVector> pack;
     for (int i = 0; i < kVector; ++i) pack.at[i] = static_cast<number_t>(from[i]);
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(pack) % sizeof(int4) == 0) {  // by its name: merged with the other branch it is no longer wide
+      for (size_t i = 0; i < sizeof(pack) / sizeof(int4); ++i) {
+        __stwb(reinterpret_cast<int4*>(to) + i, reinterpret_cast<const int4*>(&pack)[i]);
+      }
+      return;
+    }
+#endif
     *reinterpret_cast<Pack<number_t, kVector>*>(to) = pack;
   } else {
     for (int i = 0; i < kVector; ++i) to[i] = static_cast<number_t>(from[i]);
@@ -184,8 +192,6 @@ struct OrderedSum {
     for (int i = 0; i < kVector; ++i) total[i] = count <= kRun ? run[i] : total[i] + run[i];
   }
 };
-
-constexpr int kAhead = 4;  // ids whose rows a thread has on their way together
 
 // --- one call --------------------------------------------------------------------------------------------------------
 
@@ -279,6 +285,8 @@ struct Lookup : Batch<Map> {
   using real = typename Accumulator<weight_t>::type;
   using Batch<Map>::at, Batch<Map>::map, Batch<Map>::columns, Batch<Map>::combine, Batch<Map>::pooling;
   static constexpr bool kAdds = kCombines;  // several probes' vectors to one
+  // ids whose rows a thread has on their way together; of 16 bits, 8 numbers to a pack, more would not fit in registers
+  static constexpr int kAhead = kCombines && sizeof(weight_t) == 2 ? 2 : 4;
   struct Slot {
     const weight_t* numbers;
     bool negative;
@@ -313,7 +321,7 @@ struct Lookup : Batch<Map> {
     return from.negative ? -p : p;
   }
 
-  // The same of several ids, 0 of one that is not `wanted`.
+  // `read` of several ids, 0 of one that is not wanted: no row waits for another.
   template <int kVector, int kIds>
   __device__ void read_all(const Table& table, const int64_t (&ids)[kIds], const bool (&wanted)[kIds], int d,
                            real (&to)[kIds][kVector]) const {
@@ -321,24 +329,26 @@ struct Lookup : Batch<Map> {
     const weight_t* numbers[kIds];
     bool negative[kIds];
     UNROLL for (int i = 0; i < kIds; ++i) {
-      const Slot from = wanted[i] ? slot(table, ids[i], chunk) : Slot{slab, false};
-      negative[i] = from.negative;
+      const Slot from = slot(table, ids[i], chunk);  // of any: in a branch of each they would wait for one another
+      negative[i] = wanted[i] && from.negative;
       numbers[i] = wanted[i] ? from.numbers + (d - chunk * width) : nullptr;
     }
     load_all(numbers, to);
     UNROLL for (int i = 0; i < kIds; ++i) negate_if(negative[i], to[i]);
   }
 
-  // Numbers d.. of a part for each id that is wanted: of every probe no row waits for another.
+  // Numbers d.. of a part for each id that is wanted, probe by probe.
   template <int kVector, int kIds>
   __device__ void vectors(int64_t f, int64_t part, const int64_t (&ids)[kIds], const bool (&wanted)[kIds], int d,
                           real (&v)[kIds][kVector]) const {
-    read_all(at.table(f, part), ids, wanted, d, v);
+    const Table table = at.table(f, part);  // a copy, and so read once
+    read_all(table, ids, wanted, d, v);
     if constexpr (kCombines) {
       weigh(f, ids, wanted, 0, v);
       for (int64_t k = 1; k < at.probes && !is_importance(k); ++k) {
         real r[kIds][kVector];
-        read_all(at.table(f, k), ids, wanted, d, r);
+        const Table other = at.table(f, k);
+        read_all(other, ids, wanted, d, r);
         weigh(f, ids, wanted, k, r);
         UNROLL for (int i = 0; i < kIds; ++i) {
           for (int j = 0; j < kVector; ++j) v[i][j] = combine == kMultiply ? v[i][j] * r[i][j] : v[i][j] + r[i][j];

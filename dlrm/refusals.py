@@ -28,22 +28,22 @@ def check_choices(arguments: Iterable[str]) -> None:
     for argument in arguments:
         group, _, value = argument.lstrip("+").partition("=")
         folder = CONF / group.partition("@")[0]
-        is_no_text = re.search(r"(?:^|[,[ ])(null|true|false|[+-]?\d[\d._]*)(?=[,\] ]|$)", value, re.IGNORECASE)
+        is_no_text = re.search(r"(?:^|[,[( ])(null|true|false|[+-]?\d[\d._]*)(?=[,\]) ]|$)", value, re.IGNORECASE)
         if is_no_text and folder != CONF and folder.is_dir():
             allowed = sorted(path.stem for path in folder.glob("*.yaml"))
             raise ConfigError(f"{argument}: must be one of {some(allowed)}, or left out")
         if is_no_text and re.fullmatch(r"hydra(/\w+)?", group):
-            raise ConfigError(f"{argument}: must be the name of one of Hydra's, as in hydra/launcher=basic")
+            raise ConfigError(f"{argument}: must be the name of one of Hydra's choices, as in hydra/launcher=basic")
         if group.startswith("~") and is_needed(group[1:]):
             raise ConfigError(f"{argument}: every run needs {group[1:]}; it can be set, {group[1:]}=..., not removed")
 
 
 def is_needed(path: str) -> bool:
-    """Whether no run can do without a path of the config: a key of the root, a component or a key of one."""
-    first, *below = path.split(".")
-    if first in ("experiment", "protocol", "sweep") or first == "features" and below:
-        return False
-    return len(below) < 2 and first in (*keys_below(""), *groups())
+    """Whether no run can do without a path of the config: a component, a key of the root, or one of the trainer's."""
+    first, *below = re.split("[./]", path)
+    if first in ("trainer", "checkpoint", "optimizer"):
+        return not below or below[0] in (*keys_below(first), *groups(first)) and not below[1:]
+    return not below and first in (*keys_below(""), *groups()) and first not in ("experiment", "protocol", "sweep")
 
 
 def check_keys(key: str, target, node: dict) -> None:

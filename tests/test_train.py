@@ -568,6 +568,8 @@ REFUSED = [
     (["hydra/launcher=null"], ["hydra/launcher=null: must be the name of one of Hydra's"]),
     (["~embedding"], ["~embedding: every run needs embedding; it can be set, embedding=..., not removed"]),
     (["~trainer.batch_size"], ["every run needs trainer.batch_size; it can be set"]),
+    (["~optimizer/dense"], ["every run needs optimizer/dense"]),
+    (["embedding=hashed", "~embedding.compression"], ["embedding.compression is not set, and has no default"]),
     (["optimizer/dense=null"], ["optimizer/dense=null: must be one of adagrad, adam, sgd"]),
     (["+embedding@features.C3=null"], ["features.C3=null: must be one of bloom, dense"]),
     (["-m", "experiment=qr,null"], ["experiment=qr,null: must be one of bloom, cut_off"]),

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
                 process = start(command(folder, 30_000, *how, "compression=0.5"), threads)
                 text = process.communicate(timeout=600)[0]
                 if process.returncode:
-                    findings.append(f"{backend}: {text[-300:]}")
+                    findings.append(f"{backend}, batch {batch}: {text[-300:]}")
                 elif what := differences(folder, folders[0]):
                     findings.append(f"{backend}, batch {batch}, {threads} threads: {', '.join(what)} differ")
                 else:

@@ -1,5 +1,7 @@
 """Linear and ReLU in one layer: torch's bits, oneDNN's within fp32, and which of them runs."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -135,3 +137,16 @@ def test_bf16_is_emulated_without_its_instructions(monkeypatch):
     assert not linear.emulates_bf16({"AuthenticAMD", "avx2", "avx512_bf16"})
     assert not linear.emulates_bf16({"GenuineIntel", "amx_bf16"})
     assert not linear.emulates_bf16(set())
+
+
+@pytest.mark.parametrize(
+    ("said", "words"), [(None, ""), ("AVX2,STRICT", ""), ("AVX2", "MKL_CBWR=AVX2,STRICT with any")]
+)
+def test_what_the_user_asks_of_mkl_stays_and_its_limit_is_said(said, words, monkeypatch, capsys):
+    monkeypatch.setenv("MKL_CBWR", said or "")
+    if said is None:
+        monkeypatch.delenv("MKL_CBWR")
+    linear.repeat_with_any_threads()
+    assert os.environ["MKL_CBWR"] == (said or "AUTO,STRICT")
+    out = capsys.readouterr().out
+    assert words in out and bool(words) == bool(out)
