@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     atomic_kernel(Lookup lookup, typename Lookup::real* __restrict__ to, int lanes) {
   const Group group = group_of(lanes);
   lookup.for_each_bag(group, lookup.at.probes, [&](const Bag& bag, int64_t k) {
-    const Table& table = lookup.at.table(bag.f, k);
+    const Table table = lookup.at.table(bag.f, k);
     lookup.for_each_id(bag, [&](int64_t n, int64_t id) {
       const uint64_t key = lookup.map.key(table, id);
       for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) touch_kernel(Batch<Map> batch, Touch
   const Ids& at = batch.at;
   batch.for_each_bag(group, at.probes, [&](const Bag& bag, int64_t k) {
     if (bag.begin == bag.end) return;
-    const Table& table = at.table(bag.f, k);
+    const Table table = at.table(bag.f, k);
     if (touches.shifts) {
       const Bag whole = batch.whole(bag.f);
       const bool fits = whole.end + touches.shifts[bag.f] <= touches.num_occurrences;
