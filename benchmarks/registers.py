@@ -32,16 +32,17 @@ def of_what(arguments: str) -> str:
     """A kernel's template arguments in words: its map and probes, or the sums that an update takes."""
     words = []
     if squares := re.search(r"Squares\)(\d)", arguments):
-        words.append(("", "row-wise Adagrad", "row-wise Adagrad of long rows")[int(squares[1])])
+        words.append(("SGD, Adagrad or Adam", "row-wise Adagrad", "row-wise Adagrad of long rows")[int(squares[1])])
     if reads := re.search(r"(\w+)Map(?:, (true|false))?", arguments):
         words.append(reads[1].lower() + ", combined" * (reads[2] == "true"))
-    words.append("kept sums" * ("KeptSums" in arguments))
-    return ", ".join(word for word in words if word)
+    if "KeptSums" in arguments:
+        words.append("kept sums")
+    return ", ".join(words)
 
 
 def compiled(source: Path) -> str:
     """What ptxas says of a CUDA source. Raises RuntimeError with the compiler's words."""
-    command = [*shlex.split(native._nvcc([ARCHITECTURE])), "-Xptxas", "-v", "-c", str(source), "-o", "/dev/null"]
+    command = [*shlex.split(native.nvcc([ARCHITECTURE])), "-Xptxas", "-v", "-c", str(source), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)

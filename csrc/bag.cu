@@ -42,17 +42,11 @@ __global__ void __launch_bounds__(kThreads)
     const Table table = at.table(f, part);  // a copy: a store to out could be one to it
     const bool has_bags = lookup.has_bags(f);
     if (!has_bags) lookup.note(kNoBags, f, 0, table.position);
-    const int64_t begin = has_bags ? table.position * at.batch_size : 0;
+    const int64_t begin = has_bags ? table.position * at.batch_size : 0, end = has_bags ? begin + at.batch_size : 0;
     for (int64_t first = group.index * kAhead; first < at.batch_size; first += group.count * kAhead) {
-      int64_t ids[kAhead] = {};
+      int64_t ids[kAhead];
       bool wanted[kAhead];
-      UNROLL for (int s = 0; s < kAhead; ++s) {
-        wanted[s] = has_bags && first + s < at.batch_size;
-        if (wanted[s]) ids[s] = at.id(begin + first + s);
-      }
-      UNROLL for (int s = 0; s < kAhead; ++s) {
-        wanted[s] = wanted[s] && lookup.has_weights(f, begin + first + s, ids[s]);
-      }
+      lookup.load_ids(f, begin + first, end, ids, wanted);
       for_each_pack<typename Lookup::weight_t>(group, table.width, table.dim, [&](auto pack, int d) {
         typename Lookup::real v[kAhead][pack];
         lookup.vectors(f, part, ids, wanted, d, v);

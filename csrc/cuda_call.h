@@ -22,7 +22,7 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));
 }
 
-// What a kernel is for: groups of threads, for each row of its grid, so that no thread divides to find its row.
+// What a kernel is for: groups of threads for each row of its grid, so that none divides by the batch size.
 struct Work {
   int64_t groups, rows = 1;
 };
@@ -66,10 +66,10 @@ inline int lanes_for(int64_t packs) {
 // call is, not what it gives.
 template <typename number_t>
 struct Typical {
-  int64_t parts, width, dim;  // vectors of a sample's output; of a slot; of a vector
+  int64_t width, dim;  // of a slot; of a vector
 
   explicit Typical(const Call& call) {
-    parts = call.at.num_features * (call.combine == kConcat ? call.at.probes : 1);
+    const int64_t parts = call.at.num_features * (call.combine == kConcat ? call.at.probes : 1);
     const int64_t numbers = call.columns / std::max<int64_t>(parts, 1);  // too many, where other slabs write too
     width = call.unit > 1 ? call.unit : std::max<int64_t>(numbers / call.chunks, 1);
     dim = width * call.chunks;

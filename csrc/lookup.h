@@ -266,6 +266,13 @@ struct Batch {
     return false;
   }
 
+  // The ids at positions n.. before `end`; wanted: which of these there are, and have weights.
+  template <int kIds>
+  __device__ void load_ids(int64_t f, int64_t n, int64_t end, int64_t (&ids)[kIds], bool (&wanted)[kIds]) const {
+    UNROLL for (int i = 0; i < kIds; ++i) ids[i] = n + i < end ? at.id(n + i) : 0;
+    UNROLL for (int i = 0; i < kIds; ++i) wanted[i] = n + i < end && has_weights(f, n + i, ids[i]);
+  }
+
   // Calls function(n, id) for every id of the bag that has weights, in order.
   template <typename Function>
   __device__ void for_each_id(const Bag& bag, Function function) const {
@@ -371,13 +378,9 @@ struct Lookup : Batch<Map> {
   template <int kVector, typename Function>
   __device__ void for_each_vector(const Bag& bag, int64_t part, int d, Function function) const {
     for (int64_t n = bag.begin; n < bag.end; n += kAhead) {
-      int64_t ids[kAhead] = {};
+      int64_t ids[kAhead];
       bool wanted[kAhead];
-      UNROLL for (int i = 0; i < kAhead; ++i) {
-        wanted[i] = n + i < bag.end;
-        if (wanted[i]) ids[i] = at.id(n + i);
-      }
-      UNROLL for (int i = 0; i < kAhead; ++i) wanted[i] = wanted[i] && this->has_weights(bag.f, n + i, ids[i]);
+      this->load_ids(bag.f, n, bag.end, ids, wanted);
       real v[kAhead][kVector];
       vectors(bag.f, part, ids, wanted, d, v);
       UNROLL for (int i = 0; i < kAhead; ++i) {

@@ -13,8 +13,9 @@ from typing import Union, get_args, get_origin
 import yaml
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-
-
+NO_TEXT = re.compile(  # a word of an override, alone or in a list, that is null, a truth value or a number to hydra
+    r"(?:^|[,[( ])(?:null|true|false|[+-]?(?:inf|nan|\d[\d._e+-]*))(?=[,\]) ]|$)", re.IGNORECASE
+)
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -28,7 +29,9 @@ def check_choices(arguments: Iterable[str]) -> None:
     for argument in arguments:
         group, _, value = argument.lstrip("+").partition("=")
         folder = CONF / group.partition("@")[0]
-        is_no_text = re.search(r"(?:^|[,[( ])(null|true|false|[+-]?\d[\d._]*)(?=[,\]) ]|$)", value, re.IGNORECASE)
+        is_no_text = re.search(
+            r"(?:^|[,[( ])(null|true|false|[+-]?(?:inf|nan|\d[\d._e+-]*))(?=[,\]) ]|$)", value, re.IGNORECASE
+        )
         if is_no_text and folder != CONF and folder.is_dir():
             allowed = sorted(path.stem for path in folder.glob("*.yaml"))
             raise ConfigError(f"{argument}: must be one of {some(allowed)}, or left out")

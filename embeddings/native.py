@@ -183,7 +183,7 @@ def _torch_root() -> Path:
     return Path(torch.__file__).parent
 
 
-def _nvcc(architectures: list[str]) -> str:
+def nvcc(architectures: list[str]) -> str:
     """nvcc with everything but input and output, for these devices ("80" is sm_80). A CPU build of torch is enough."""
     devices = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)
     return f"nvcc {CUDA_FLAGS} {devices} {DEFINES} -DUSE_CUDA -isystem {_quote(_torch_root() / 'include')}"
@@ -219,7 +219,7 @@ def _ninja_file(cuda: bool) -> str:
     objects = _objects(lines, "cxx", f"{_compiler()} {CXX_FLAGS} {_includes()} -c $in -o $out", "*.cpp")
     if not cuda:
         return _link(lines, f"{_compiler()} -shared $in -o $out {_libraries()}", objects)
-    objects += _objects(lines, "nvcc", f"{_nvcc(_devices())} -c $in -o $out", "*.cu")
+    objects += _objects(lines, "nvcc", f"{nvcc(_devices())} -c $in -o $out", "*.cu")
     # nvcc knows where its runtime is; a shared one, so that it is the one torch has loaded
     linker = f"nvcc -shared --cudart=shared $in -o $out {_libraries('-Xlinker ')} -ltorch_cuda -lc10_cuda"
     return _link(lines, linker, objects)
@@ -251,7 +251,7 @@ def compile_cuda() -> int:
     status = 0
     for source in sorted(CSRC.glob("*.cu")):
         began = time.perf_counter()
-        command = [*shlex.split(_nvcc(list(ARCHITECTURES))), "--threads", "0", "-c", str(source), "-o", os.devnull]
+        command = [*shlex.split(nvcc(list(ARCHITECTURES))), "--threads", "0", "-c", str(source), "-o", os.devnull]
         code = subprocess.run(command, check=False).returncode
         result = "ok" if code == 0 else f"FAILED ({code})"
         names = ", ".join(f"sm_{a}" for a in ARCHITECTURES)

@@ -564,6 +564,7 @@ REFUSED = [
     (["embedding=hashd"], ["embedding=hashd", "bloom, dense, fast, hashed, qr", "did you mean hashed?"]),
     (["embedding=null"], ["embedding=null: must be one of bloom, dense, fast, hashed, qr, or left out"]),
     (["embedding=5"], ["embedding=5: must be one of bloom, dense, fast, hashed, qr"]),
+    (["embedding=1e5"], ["embedding=1e5: must be one of bloom, dense, fast, hashed, qr"]),
     (["embedding=[null]"], ["embedding=[null]: must be one of bloom, dense, fast, hashed, qr"]),
     (["hydra/launcher=null"], ["hydra/launcher=null: must be the name of one of Hydra's"]),
     (["~embedding"], ["~embedding: every run needs embedding; it can be set, embedding=..., not removed"]),
