@@ -92,9 +92,8 @@ def use(model: nn.Module, library: str) -> None:
 def repeat_with_any_threads() -> None:
     """MKL's products shall have the same bits whatever the number of threads, among which it else splits long sums.
 
-    Before a process's first product: MKL reads this once. On Intel's CPUs it costs nothing that could be measured, but
-    for gradients of inputs narrower than 32; on others nothing was. oneMKL's guide, "Conditional Numerical
-    Reproducibility".
+    Before a process's first product: MKL reads this once. What it costs: docs/reliability.md. oneMKL's guide,
+    "Conditional Numerical Reproducibility".
     """
     said = os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     if not said.endswith("STRICT"):
