@@ -177,8 +177,8 @@ int64_t grain_of(const Interaction& call) {
 
 // --- the operators: arguments as in embeddings/interaction.py --------------------------------------------------------
 
-Tensor dot_interaction(const Tensor& dense, const Tensor& embedded) {
-  const Interaction call = make_interaction(dense, embedded);
+Tensor dot_interaction(const Tensor& dense, const Tensor& embedded, int64_t multiple) {
+  const Interaction call = make_interaction(dense, embedded, multiple);
   const int64_t columns = call.columns(), row = call.num_features() * call.dim;
   Tensor out = torch::stable::new_empty(dense, {call.batch_size, columns});
   with_dtypes(call, [&](auto dense_number, auto embedded_number, auto sum) {
@@ -194,14 +194,16 @@ Tensor dot_interaction(const Tensor& dense, const Tensor& embedded) {
         multiply_all(work);
         std::copy_n(from_dense + b * call.dim, call.dim, to + b * columns);
         copy(work.pairs, call.num_pairs(), to + b * columns + call.dim);
+        std::fill(to + b * columns + call.num_numbers(), to + (b + 1) * columns, dense_t{});
       }
     });
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Tensor& dense, const Tensor& embedded) {
-  const Interaction call = make_interaction(dense, embedded);
+std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Tensor& dense, const Tensor& embedded,
+                                                    int64_t multiple) {
+  const Interaction call = make_interaction(dense, embedded, multiple);
   const Tensor grads = checked_grad(grad, call);
   const int64_t columns = call.columns(), row = call.num_features() * call.dim;
   Tensor of_dense = torch::stable::new_empty(dense, {call.batch_size, call.dim});

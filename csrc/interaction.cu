@@ -182,13 +182,17 @@ __global__ void __launch_bounds__(kThreads)
       }
     });
     threads.each([&](int thread, Tile<real>&) {
-      const int64_t end = plan.collects() ? plan.columns : pass == 0 ? plan.dim : 0;
+      const int64_t end = plan.dim + plan.num_pairs();  // of what is no zero
       for (int s = 0; s < samples; ++s) {
         const dense_t* dense = vectors.dense + (first + s) * plan.dim;
         const real* products = shared + s * plan.num_pairs() - plan.dim;
         dense_t* to = out + (first + s) * plan.columns;
-        for (int64_t c = thread; c < end; c += plan.threads) {
-          to[c] = c < plan.dim ? dense[c] : static_cast<dense_t>(products[c]);
+        for (int64_t c = thread; c < plan.columns; c += plan.threads) {
+          if (c >= plan.dim && c < end) {
+            if (plan.collects()) to[c] = static_cast<dense_t>(products[c]);
+          } else if (pass == 0) {
+            to[c] = c < plan.dim ? dense[c] : static_cast<dense_t>(0.0f);
+          }
         }
       }
     });
@@ -354,8 +358,8 @@ Vectors<dense_t, embedded_t> vectors_of(const Interaction& call) {
 
 // --- the operators: arguments as in embeddings/interaction.py --------------------------------------------------------
 
-Tensor dot_interaction(const Tensor& dense, const Tensor& embedded) {
-  const Interaction call = make_interaction(dense, embedded);
+Tensor dot_interaction(const Tensor& dense, const Tensor& embedded, int64_t multiple) {
+  const Interaction call = make_interaction(dense, embedded, multiple);
   Tensor out = torch::stable::new_empty(dense, {call.batch_size, call.columns()});
   with_dtypes(call, [&](auto dense_number, auto embedded_number, auto sum) {
     using dense_t = decltype(dense_number);
@@ -368,8 +372,9 @@ Tensor dot_interaction(const Tensor& dense, const Tensor& embedded) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Tensor& dense, const Tensor& embedded) {
-  const Interaction call = make_interaction(dense, embedded);
+std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Tensor& dense, const Tensor& embedded,
+                                                    int64_t multiple) {
+  const Interaction call = make_interaction(dense, embedded, multiple);
   const Tensor grads = checked_grad(grad, call);
   Tensor of_dense = torch::stable::new_empty(dense, {call.batch_size, call.dim});
   Tensor of_embedded = torch::stable::new_empty(embedded, {call.batch_size, call.num_features(), call.dim});

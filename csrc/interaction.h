@@ -13,17 +13,22 @@ HOST_DEVICE int64_t pairs_before(int64_t i) {
   return i * (i - 1) / 2;
 }
 
+constexpr int64_t kMaxMultiple = 1024;  // far more than an alignment is
+
 struct Interaction {
   Tensor dense, embedded;  // contiguous
   int64_t batch_size, num_vectors, dim;
+  int64_t multiple;  // of columns
 
   int64_t num_features() const { return num_vectors - 1; }
   int64_t num_pairs() const { return pairs_before(num_vectors); }
-  int64_t columns() const { return dim + num_pairs(); }
+  int64_t num_numbers() const { return dim + num_pairs(); }
+  // Of a row, zeros included.
+  int64_t columns() const { return (num_numbers() + multiple - 1) / multiple * multiple; }
 };
 
 // embeddings/interaction.py checks the same in the same words.
-inline Interaction make_interaction(const Tensor& dense, const Tensor& embedded) {
+inline Interaction make_interaction(const Tensor& dense, const Tensor& embedded, int64_t multiple) {
   if (dense.dim() != 2 || embedded.dim() != 3 || dense.size(0) != embedded.size(0) ||
       dense.size(1) != embedded.size(2)) {
     fail("dot_interaction: dense must be [B, D] and embedded [B, F, D], not ", shape_of(dense), " and ",
@@ -33,9 +38,16 @@ inline Interaction make_interaction(const Tensor& dense, const Tensor& embedded)
   if (num_vectors * num_vectors * static_cast<double>(std::max<int64_t>(dense.size(1), 1)) > 4e18) {
     fail("dot_interaction: ", embedded.size(1), " features of ", dense.size(1), " numbers are too many");
   }
+  if (multiple < 1 || multiple > kMaxMultiple) {
+    fail("dot_interaction: multiple must be from 1 to ", kMaxMultiple, ", not ", multiple);
+  }
   require(same_device(dense, embedded), "dot_interaction: dense and embedded must be on one device");
-  return {torch::stable::contiguous(dense), torch::stable::contiguous(embedded), dense.size(0), embedded.size(1) + 1,
-          dense.size(1)};
+  return {torch::stable::contiguous(dense),
+          torch::stable::contiguous(embedded),
+          dense.size(0),
+          embedded.size(1) + 1,
+          dense.size(1),
+          multiple};
 }
 
 inline Tensor checked_grad(const Tensor& grad, const Interaction& call) {

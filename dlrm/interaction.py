@@ -1,12 +1,14 @@
 """How the features' vectors meet: each class turns a dense vector and F embeddings into one row for the top MLP.
 
 Contract: `Interaction(num_features, embedding_dim, *, ...)` has `out_features: int`; its forward takes dense [B, D] and
-embedded [B, F, D], and returns [B, out_features]. V = F + 1 vectors interact.
+embedded [B, F, D], and returns [B, out_features], or zeros in more columns, as `dlrm.linear.alignment` says. V = F + 1
+vectors interact.
 """
 
 import torch
 from torch import Tensor, nn
 
+from dlrm import linear
 from embeddings import dot_interaction
 
 
@@ -21,7 +23,7 @@ class DotInteraction(nn.Module):
         self.out_features = embedding_dim + num_features * (num_features + 1) // 2
 
     def forward(self, dense: Tensor, embedded: Tensor) -> Tensor:
-        return dot_interaction(dense, embedded)
+        return dot_interaction(dense, embedded, linear.alignment(dense.device))
 
 
 class LowRankCross(nn.Module):

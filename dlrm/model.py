@@ -66,7 +66,7 @@ class DLRM(nn.Module):
         hidden = self.top(self.interaction(self.bottom(dense), embedded))  # [B, top_mlp[-2]]
         # bf16 has 8 significant bits: a logit rounded to it ties with its neighbours and costs AUC
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.float()).squeeze(1)  # [B]
+            return self.head(hidden[:, : self.head.in_features].float()).squeeze(1)  # [B]
 
 
 class Constant(nn.Module):

@@ -61,6 +61,27 @@ def test_by_onednn_an_input_without_gradient_needs_none():
         assert layer(torch.ones(4, 3)).grad_fn is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [37, 40])
+def test_columns_of_zeros_up_to_a_multiple_change_nothing(columns, dtype, monkeypatch):
+    """As on CUDA, where x has them already or not."""
+    layer, x, upstream = case(300, "torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        want = outcome(layer, x, upstream.to(dtype))
+        monkeypatch.setattr(linear, "alignment", lambda device: 8)
+        wide = nn.functional.pad(x.detach(), (0, columns - 37)).requires_grad_()
+        out, to_x, *others = outcome(layer, wide, upstream.to(dtype))
+    assert to_x.shape == (300, columns) and not to_x[:, 37:].any()
+    # sums of up to 300 products, in another order; bf16 keeps 8 bits of each result
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for got, exact in zip([out, to_x[:, :37], *others], want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+def test_matrices_are_aligned_on_cuda_alone():
+    assert (linear.alignment(torch.device("cuda", 1)), linear.alignment(torch.device("cpu"))) == (8, 1)
+
+
 def test_layers_have_the_numbers_of_the_published_code():
     plain = nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU())
     assert list(mlp(WIDTHS).state_dict()) == list(plain.state_dict())

@@ -10,6 +10,7 @@ import yaml
 from stand_ins import StandInBags
 from torch import nn
 
+from dlrm import linear
 from dlrm.interaction import DotInteraction, LowRankCross
 from dlrm.model import DLRM
 
@@ -91,6 +92,21 @@ def test_logits_equal_the_layers_applied_by_hand(num_dense, interaction):
     x = torch.relu(x @ model.top[0].weight.T + model.top[0].bias)
     expected = (x @ model.head.weight.T + model.head.bias).flatten()
     torch.testing.assert_close(model(dense, IDS, None), expected)
+
+
+@pytest.mark.parametrize("top_mlp", [(6, 1), (1,)])
+def test_aligned_as_on_cuda_the_model_is_the_same(top_mlp, monkeypatch):
+    torch.manual_seed(0)
+    model, dense, handed = make_dlrm(top_mlp=top_mlp), torch.randn(2, 3), []
+    model.top.register_forward_pre_hook(lambda module, args: handed.append(args[0].shape[1]))
+    results = []
+    for multiple in (1, 8):
+        monkeypatch.setattr(linear, "alignment", lambda device, multiple=multiple: multiple)
+        logits = model(dense, IDS, None)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    assert handed == [10, 16]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_every_parameter_of_the_model_gets_a_gradient():

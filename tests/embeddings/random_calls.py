@@ -154,11 +154,12 @@ def _interaction(rng: random.Random) -> Call:
     dim = rng.choice([0, 1, 3, 8, 10, 33, 72])
     types = rng.choice([*((dtype, dtype) for dtype in DTYPES), *MIXED_DTYPES])
     dense, embedded = _draw(rng, types[0], batch_size, dim), _draw(rng, types[1], batch_size, num_features, dim)
+    args = {"dense": dense, "embedded": embedded, "multiple": rng.choice([1, 8])}
     if rng.random() < 0.5:
-        return Call("dot_interaction", "dot_interaction", {"dense": dense, "embedded": embedded})
-    grad = _draw(rng, types[0], batch_size, dim + num_features * (num_features + 1) // 2)
-    args = {"grad": grad, "dense": dense, "embedded": embedded}
-    return Call("dot_interaction_backward", "dot_interaction_backward", args)
+        return Call("dot_interaction", "dot_interaction", args)
+    columns = dim + num_features * (num_features + 1) // 2
+    grad = _draw(rng, types[0], batch_size, columns + -columns % args["multiple"])
+    return Call("dot_interaction_backward", "dot_interaction_backward", {"grad": grad} | args)
 
 
 def _relu(rng: random.Random) -> Call:

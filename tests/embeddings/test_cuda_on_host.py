@@ -278,11 +278,12 @@ def interactions(num_cases: int) -> list[str]:
 
         dense = draw(batch_size, dim, dtype=dense_type)
         embedded = draw(batch_size, num_features, dim, dtype=embedded_type)
-        grad = draw(batch_size, dim + num_features * (num_features + 1) // 2, dtype=dense_type)
-        both = [
-            (kernels.dot_interaction(dense, embedded), *kernels.dot_interaction_backward(grad, dense, embedded))
-            for kernels in (host, here)
-        ]
+        columns, multiple = dim + num_features * (num_features + 1) // 2, rng.choice([1, 8])
+        grad = draw(batch_size, columns + -columns % multiple, dtype=dense_type)
+        both = []
+        for kernels in (host, here):
+            out = kernels.dot_interaction(dense, embedded, multiple)
+            both.append((out, *kernels.dot_interaction_backward(grad, dense, embedded, multiple)))
         if not all(torch.equal(x, y) for x, y in zip(*both, strict=True)):
-            found.append(f"{seed}: {(batch_size, num_features, dim)}, {dense_type}, {embedded_type}")
+            found.append(f"{seed}: {(batch_size, num_features, dim, multiple)}, {dense_type}, {embedded_type}")
     return found

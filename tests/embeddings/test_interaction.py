@@ -1,6 +1,7 @@
 """The dot interaction against loops in numpy: values, gradients, every type, and what is refused."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,13 +94,38 @@ def test_gradients_equal_a_loop_over_pairs(kernels, device, shape):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_shape
 def test_cuda_gives_the_bits_of_the_cpu(native_kernels, shape):
-    for dtypes in DTYPES:
-        case = make_case(shape, dtypes)
+    for dtypes, multiple in itertools.product(DTYPES, (1, 8)):
+        dense, embedded, grad = make_case(shape, dtypes)
+        case = dense, embedded, torch.nn.functional.pad(grad, (0, -grad.shape[1] % multiple), value=math.nan)
         results = []
         for dense, embedded, grad in (case, [x.cuda() for x in case]):
-            results.append([native_kernels.dot_interaction(dense, embedded)])
-            results[-1] += native_kernels.dot_interaction_backward(grad, dense, embedded)
+            results.append([native_kernels.dot_interaction(dense, embedded, multiple)])
+            results[-1] += native_kernels.dot_interaction_backward(grad, dense, embedded, multiple)
         assert all(torch.equal(x, y.cpu()) for x, y in zip(*results, strict=True))
+
+
+@each_shape
+@pytest.mark.parametrize("multiple", [2, 8, 1000])
+def test_zeros_fill_a_row_up_to_a_multiple_and_their_gradient_is_nobodys(kernels, device, shape, multiple):
+    for dtypes in (DTYPES[0], MIXED[0]):
+        dense, embedded, grad = make_case(shape, dtypes, device)
+        rest = -grad.shape[1] % multiple
+        zeros, anything = (torch.full((shape[0], rest), x, dtype=grad.dtype, device=device) for x in (0, math.nan))
+        wanted = torch.cat([kernels.dot_interaction(dense, embedded), zeros], 1)
+        assert torch.equal(kernels.dot_interaction(dense, embedded, multiple), wanted)
+        found = kernels.dot_interaction_backward(torch.cat([grad, anything], 1), dense, embedded, multiple)
+        wanted = kernels.dot_interaction_backward(grad, dense, embedded)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 1025, 2**62])
+def test_a_multiple_out_of_range_is_refused(kernels, device, multiple):
+    dense, embedded, grad = make_case((2, 3, 4), device=device)
+    words = f"multiple must be from 1 to 1024, not {multiple}"
+    with pytest.raises(RuntimeError, match=words):
+        kernels.dot_interaction(dense, embedded, multiple)
+    with pytest.raises(RuntimeError, match=words):
+        kernels.dot_interaction_backward(grad, dense, embedded, multiple)
 
 
 def test_tensors_of_any_strides_are_read(kernels, device):
@@ -142,7 +168,9 @@ def test_a_sample_does_not_depend_on_the_others(native_kernels):
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 4, 2), (0, 2, 3)])
 def test_gradcheck(device, shape):
     dense, embedded, _ = make_case(shape, (torch.float64, torch.float64), device)
-    assert torch.autograd.gradcheck(dot_interaction, (dense.requires_grad_(), embedded.requires_grad_()))
+    for multiple in (1, 8):
+        inputs = (dense.requires_grad_(), embedded.requires_grad_(), multiple)
+        assert torch.autograd.gradcheck(dot_interaction, inputs)
 
 
 def test_a_second_derivative_is_refused():
@@ -157,8 +185,10 @@ def test_a_second_derivative_is_refused():
 def test_opcheck(device, dtypes):
     dense, embedded, grad = make_case((3, 2, 4), dtypes, device)
     ops = torch.ops.embeddings
-    torch.library.opcheck(ops.dot_interaction.default, (dense.requires_grad_(), embedded.requires_grad_()))
-    torch.library.opcheck(ops.dot_interaction_backward.default, (grad, dense.detach(), embedded.detach()))
+    leaves, padded = (dense.clone().requires_grad_(), embedded.clone().requires_grad_()), grad.new_ones(3, 8)
+    for multiple, of_rows in ((1, grad), (8, padded)):
+        torch.library.opcheck(ops.dot_interaction.default, (*leaves, multiple))
+        torch.library.opcheck(ops.dot_interaction_backward.default, (of_rows, dense, embedded, multiple))
 
 
 def test_compiled_whole_it_gives_the_same(device):
