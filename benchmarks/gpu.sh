@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make gpu: everything that needs an NVIDIA GPU, in one command of less than ten minutes; what matters most comes first.
+# make gpu: everything that needs an NVIDIA GPU, in one command of less than eight minutes; what matters most comes first.
 # $OUT if set, else benchmarks/results/, gets gpu.log, of all stages, and a JSON of each benchmark, written as it goes.
 # Without a GPU it compiles the CUDA sources and stops there, saying so. PYTHON picks the interpreter, GPU_SECONDS the
 # time for all stages; no network is used.
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export EMBEDDINGS_NATIVE=require PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=${OUT:-benchmarks/results}
-deadline=${GPU_SECONDS:-560} # from the start; no stage goes on after it
+deadline=${GPU_SECONDS:-470} # from the start; no stage goes on after it
 log=$results/gpu.log
 mkdir -p "$results"
 
