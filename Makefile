@@ -57,12 +57,12 @@ test-torch:  ## the tests with another torch: make test-torch TORCH=2.10.0
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp tests/*.cpp
 
 format: $(VENV)/.dev  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu benchmarks/*.cpp tests/*.cpp
 
 # setuptools packs what it finds in build/, so a source deleted since the last wheel would be in the next one
 wheel: $(VENV)/.dev  ## build the wheel of embeddings/ into dist/

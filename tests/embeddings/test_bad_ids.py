@@ -234,7 +234,7 @@ def test_a_vector_of_weights_is_one_of_units_of_one_number_forward_alone(kernels
     case = small_case().to(device)
     vector = case._replace(weights=case.weights.flatten())
     assert_same_bits(vector.forward(kernels, SUM), case.forward(kernels, SUM))
-    grad = case.random_grad()
+    grad = case.random_grad().to(device)
     for backward in (vector.backward, vector.backward_rows, vector.backward_sample_weights):
         with pytest.raises(RuntimeError, match="weights must be"):
             backward(kernels, grad, SUM)
